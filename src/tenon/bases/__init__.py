@@ -1,0 +1,1 @@
+"""A base model found, identified and described, without loading a tensor."""

@@ -1,0 +1,1 @@
+"""Sources to rendered chat with a loss mask, to packed, seeded, resumable batches."""

@@ -1,0 +1,1 @@
+"""Tasks and metrics, adapter against base with intervals."""

@@ -1,0 +1,1 @@
+"""Decoders in plain torch: loading and the forward pass over packed tokens."""

@@ -1,0 +1,1 @@
+"""Adapter versions with their lineage: files and hashes, no tensors."""

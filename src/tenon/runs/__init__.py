@@ -1,0 +1,1 @@
+"""A run on disk: folder layout, append-only events, checkpoints, results, trackers."""

@@ -1,0 +1,51 @@
+"""The only reader of environment variables.
+
+Everything that a machine's owner (not a recipe) decides: where caches and the registry live, whether the network may be
+used, how many threads. This module does not know what the values are used for.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the environment says.
+
+    home: registry and everything meant to last (TENON_HOME, default ~/.tenon).
+    cache: what can be made again: dequantised bases, tokenised data (TENON_CACHE, default HOME/cache).
+    offline: never ask a hub (TENON_OFFLINE=1 or HF_HUB_OFFLINE=1).
+    threads: CPU threads for arithmetic; 0 means all cores this process may use (TENON_THREADS).
+    debug: show tracebacks (TENON_DEBUG=1).
+    """
+
+    home: Path
+    cache: Path
+    offline: bool
+    threads: int
+    debug: bool
+
+    @property
+    def registry(self) -> Path:
+        """The folder of registered adapters."""
+        return self.home / "adapters"
+
+
+def read_settings(environ: dict[str, str] | None = None) -> Settings:
+    """Read the environment once; pass the value on."""
+    env = dict(os.environ) if environ is None else environ
+    home = Path(env.get("TENON_HOME", "~/.tenon")).expanduser()
+    return Settings(
+        home=home,
+        cache=Path(env["TENON_CACHE"]).expanduser() if env.get("TENON_CACHE") else home / "cache",
+        offline=_truthy(env.get("TENON_OFFLINE")) or _truthy(env.get("HF_HUB_OFFLINE")),
+        threads=int(env.get("TENON_THREADS") or 0),
+        debug=_truthy(env.get("TENON_DEBUG")),
+    )
+
+
+def _truthy(text: str | None) -> bool:
+    return (text or "").strip().lower() in {"1", "true", "yes", "on"}
