@@ -50,7 +50,7 @@ class BasePlan(Value):
 
     spec: str
     path: str
-    content_hash: str
+    base_hash: str
     facts: ModelFacts
 
 
