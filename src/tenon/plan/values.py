@@ -66,7 +66,7 @@ class LoraPlan(Value):
     rslora: bool
     scale: float
     dropout: float
-    init: Literal["kaiming", "gaussian", "orthogonal", "pissa"]
+    init: Literal["kaiming", "gaussian", "orthogonal"]
     sites: tuple[str, ...]
     start_from: str | None = None
 
