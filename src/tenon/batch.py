@@ -1,6 +1,6 @@
 """The Batch: packed tokens with positions, labels, row boundaries, and for each row its slot.
 
-Shape legend: T tokens, N rows, G rows of one attention group, Q and C query and context tokens of a group.
+Shape legend: T tokens, N rows, G rows of one attention group, Q and C query and context tokens of one row of it.
 No padding anywhere. Rows of the same slot are neighbours. This module does not know where rows come from.
 """
 
@@ -28,18 +28,29 @@ class Segment:
 class AttentionGroup:
     """Rows that attend in one call, because their lengths are close.
 
-    query_GQ, context_GC: token indices into the packed stream; a row shorter than the group repeats its last token,
-    which the causal rule hides from every real query and whose own output is not read.
-    keep_F: where real queries lie in the flattened (G Q) output; out_F: where they go in the packed stream. Both are
-    None when the group is a run of rows of equal length that needs no gathering.
-    offset: context tokens before the first query (a shared prefix), so that query i sees contexts 0 … offset + i.
+    query_GQ, context_GC: token indices into the packed stream. A row shorter than its group repeats its last token:
+    the causal rule hides the repeats from every real query, and their own output is not read. None when the group's
+    rows are the token range [start, stop) of equal lengths, which needs no gathering.
+    offset: context tokens before the first query (a shared prefix): query i sees contexts 0 … offset + i.
     """
 
-    query_GQ: Tensor
-    context_GC: Tensor
-    keep_F: Tensor | None
-    out_F: Tensor | None
+    rows: int
+    start: int
+    stop: int
+    query_GQ: Tensor | None
+    context_GC: Tensor | None
     offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLayout:
+    """How the rows of a batch attend. restore_T: for each token its place in the groups' outputs laid end to end.
+
+    None: the groups' outputs are the stream itself, in order.
+    """
+
+    groups: tuple[AttentionGroup, ...]
+    restore_T: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +62,7 @@ class Batch:
     row has IGNORE.
     cu_seqlens: row boundaries in the stream, N + 1 host integers. slots: the slot of each row.
     rows: the index of each row in its data set (for messages).
-    segments: maximal runs of one slot. groups: how rows attend. row_tokens: tokens that the rows have when each is
+    segments: maximal runs of one slot. attention: which tokens see which. row_tokens: tokens that the rows have when each is
     counted in full (more than T when a prefix is shared).
     draw_T: int32 random key of each token for dropout (None without dropout): depends on (seed, step, row, position)
     alone, never on how rows were packed.
@@ -64,7 +75,7 @@ class Batch:
     slots: tuple[int, ...]
     rows: tuple[int, ...]
     segments: tuple[Segment, ...]
-    groups: tuple[AttentionGroup, ...]
+    attention: AttentionLayout
     row_tokens: int
     draw_T: Tensor | None = None
 

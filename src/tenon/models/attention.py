@@ -1,0 +1,86 @@
+"""Causal attention over packed rows: a token sees its own row's earlier tokens (and its shared prefix), nothing else.
+
+Shape legend: T tokens, H query heads, K key/value heads, E head dimension, G rows of a group, Q queries and C contexts of a
+row, N cache rows. This module knows no weights.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tenon.batch import AttentionGroup, AttentionLayout
+
+
+class Attention(Protocol):
+    """What the decoder asks of attention: which earlier tokens each query sees is this object's business."""
+
+    def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, *, scale: float, window: int) -> Tensor:
+        """The attended values (T, H, E)."""
+        ...
+
+
+class PackedAttention:
+    """Attention within the rows of a batch, with no cache: training, and scoring."""
+
+    def __init__(self, layout: AttentionLayout) -> None:
+        self._layout = layout
+
+    def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, *, scale: float, window: int) -> Tensor:
+        """See `Attention.attend`; the same for every layer."""
+        del layer
+        return packed_attention(q_THE, k_TKE, v_TKE, self._layout, scale=scale, window=window)
+
+
+def packed_attention(
+    q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, layout: AttentionLayout, *, scale: float, window: int
+) -> Tensor:
+    """Causal attention per row. window > 0: a query sees at most so many tokens, itself included.
+
+    Rows of like length are attended together by torch's fused kernel; what they are padded with is never seen (see
+    `AttentionGroup`).
+    """
+    outputs = [_attend_group(q_THE, k_TKE, v_TKE, group, scale=scale, window=window) for group in layout.groups]
+    stream = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return stream if layout.restore_T is None else stream.index_select(0, layout.restore_T)
+
+
+def _attend_group(
+    q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, group: AttentionGroup, *, scale: float, window: int
+) -> Tensor:
+    """The output of one group, (G Q, H, E), its repeats included."""
+    q_GHQE = _rows(q_THE, group.query_GQ, group)
+    k_GKCE = _rows(k_TKE, group.context_GC, group)
+    v_GKCE = _rows(v_TKE, group.context_GC, group)
+    queries, contexts = q_GHQE.shape[2], k_GKCE.shape[2]
+    masked = group.offset > 0 or 0 < window < contexts
+    out_GHQE = functional.scaled_dot_product_attention(
+        q_GHQE,
+        k_GKCE,
+        v_GKCE,
+        attn_mask=causal_mask(queries, contexts, group.offset, window, q_THE.device) if masked else None,
+        is_causal=not masked,
+        scale=scale,
+        enable_gqa=q_THE.shape[1] != k_TKE.shape[1],
+    )
+    return out_GHQE.transpose(1, 2).reshape(-1, *q_THE.shape[1:])
+
+
+def _rows(x_THE: Tensor, index_GL: Tensor | None, group: AttentionGroup) -> Tensor:
+    """(G, heads, L, E) of the group's rows."""
+    if index_GL is None:
+        x = x_THE[group.start : group.stop].view(group.rows, -1, *x_THE.shape[1:])
+    else:
+        x = x_THE.index_select(0, index_GL.reshape(-1)).view(*index_GL.shape, *x_THE.shape[1:])
+    return x.transpose(1, 2)
+
+
+def causal_mask(queries: int, contexts: int, offset: int, window: int, device: torch.device) -> Tensor:
+    """(Q, C) bool: query i sees context j when j <= offset + i and, with a window, j > offset + i - window."""
+    last_Q1 = torch.arange(offset, offset + queries, device=device)[:, None]
+    context_C = torch.arange(contexts, device=device)
+    mask_QC = context_C <= last_Q1
+    return mask_QC & (context_C > last_Q1 - window) if window > 0 else mask_QC
