@@ -62,8 +62,8 @@ class Batch:
     row has IGNORE.
     cu_seqlens: row boundaries in the stream, N + 1 host integers. slots: the slot of each row.
     rows: the index of each row in its data set (for messages).
-    segments: maximal runs of one slot. attention: which tokens see which. row_tokens: tokens that the rows have when each is
-    counted in full (more than T when a prefix is shared).
+    segments: maximal runs of one slot. attention: which tokens see which. row_tokens: tokens that the rows have when
+    each is counted in full (more than T when a prefix is shared).
     draw_T: int32 random key of each token for dropout (None without dropout): depends on (seed, step, row, position)
     alone, never on how rows were packed.
     """

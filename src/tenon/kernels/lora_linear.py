@@ -5,8 +5,9 @@
 One weight W may hold several modules stacked along its outputs (q, k, v; gate, up). Their A matrices are stacked too,
 so that one product makes all low-rank activations; each B writes the outputs of its own module.
 
-The gradients of A and B are *added into* the buffers that the part carries (fp32, views of the slot's flat gradient), and
-are not returned to autograd: a slot has one flat gradient, and a micro-batch adds to it. The gradient of W does not exist.
+The gradients of A and B are *added into* the buffers that the part carries (fp32, views of the slot's flat gradient),
+and are not returned to autograd: a slot has one flat gradient, and a micro-batch adds to it. The gradient of W does not
+exist.
 
 Source: Hu et al., 2021 (LoRA). Shape legend: T tokens, D inputs, O outputs, R ranks of all members together.
 This module does not know what a slot is trained for, nor how its matrices are stored.
@@ -26,7 +27,9 @@ from tenon.kernels.dropout import dropout, keep_mask
 
 @dataclass(frozen=True, slots=True)
 class LoraMember:
-    """One module of the stacked weight: b_OR writes outputs [out_start, out_stop) from ranks [rank_start, rank_stop)."""
+    """One module of the stacked weight: b_OR writes outputs [out_start, out_stop) from ranks [rank_start,
+    rank_stop).
+    """
 
     b_OR: Tensor
     grad_b_OR: Tensor | None
@@ -92,7 +95,7 @@ def _accumulate(buffer: Tensor, left: Tensor, right: Tensor, scale: float = 1.0)
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, anchor: Tensor, weight_OD: Tensor, bias_O: Tensor | None, parts: tuple[LoraPart, ...]
+        ctx: Any, x_TD: Tensor, _anchor: Tensor, weight_OD: Tensor, bias_O: Tensor | None, parts: tuple[LoraPart, ...]
     ) -> Tensor:
         y_TO = functional.linear(x_TD, weight_OD, bias_O)
         lows = [_add_low_rank(y_TO, x_TD, part) for part in parts]

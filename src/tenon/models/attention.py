@@ -1,7 +1,7 @@
 """Causal attention over packed rows: a token sees its own row's earlier tokens (and its shared prefix), nothing else.
 
-Shape legend: T tokens, H query heads, K key/value heads, E head dimension, G rows of a group, Q queries and C contexts of a
-row, N cache rows. This module knows no weights.
+Shape legend: T tokens, H query heads, K key/value heads, E head dimension, G rows of a group, Q queries and C contexts
+of a row, N cache rows. This module knows no weights.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The key/value cache: what generation remembers of the tokens it has seen.
 
-Rows of the cache are numbered places; a place holds one sequence from its first token on. One forward pass may mix places
-that are being filled (many new tokens) with places that grow by one token.
+Rows of the cache are numbered places; a place holds one sequence from its first token on. One forward pass may mix
+places that are being filled (many new tokens) with places that grow by one token.
 
 Shape legend: N places, L longest sequence, K key/value heads, H query heads, E head dimension, T tokens of a pass,
 M places in a pass, Q new tokens of the longest of them, C its context. This module knows no sampling and no adapters.

@@ -1,7 +1,8 @@
 """The decoder: one forward pass for every family, over packed tokens, with the adapters of any slots.
 
 Families differ in a few facts (biases, query/key norms, layers without rotation, windows), which are data: see
-`bases.facts.ModelFacts`. Weights that share an input are stored stacked, so that q, k, v are one product and gate, up one.
+`bases.facts.ModelFacts`. Weights that share an input are stored stacked, so that q, k, v are one product and gate, up
+one.
 
 Shape legend: T tokens, L labelled tokens, D hidden, H query heads, K key/value heads, E head dimension, F feed-forward,
 V vocabulary, O outputs of a stacked weight. This module does not know losses, text, files, or how adapters are stored.

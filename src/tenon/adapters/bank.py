@@ -1,0 +1,238 @@
+"""The adapter bank: LoRA slots of any rank, targets and scale over one frozen base.
+
+    y[t] = W x[t] + s_slot B_slot A_slot x[t]      for every token t whose row belongs to the slot
+
+Each slot keeps all of its matrices in one flat fp32 tensor (first every A, then every B), and its gradient in another.
+So an optimiser step, a norm, a check for NaN and a checkpoint are operations on one tensor, and a slot's state never
+mixes with another's. When the decoder computes in another dtype, a shadow copy in that dtype is refreshed by `refresh`.
+
+Shape legend: D inputs, O outputs, R rank, P parameters of a slot, T tokens.
+This module does not know optimisers, files, or what a slot is for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tenon.bases.facts import ModelFacts, parse_site, site_name
+from tenon.batch import Batch
+from tenon.errors import AdapterError
+from tenon.kernels.lora_linear import LoraGroup, LoraMember, LoraPart
+from tenon.models.decoder import STACKS
+
+Initialisation = Literal["kaiming", "gaussian", "orthogonal"]
+
+
+@dataclass(frozen=True, slots=True)
+class SiteShape:
+    """Rank and scale (the factor on B A x) of one adapted matrix."""
+
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class SlotShape:
+    """What a slot adapts: for each site (`layers.3.self_attn.q_proj`) its rank and scale; and the dropout of its
+    input.
+    """
+
+    sites: Mapping[str, SiteShape]
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where one site's matrices lie in the flat tensor."""
+
+    a_start: int
+    b_start: int
+    rank: int
+    inputs: int
+    outputs: int
+
+    def a(self, flat_P: Tensor) -> Tensor:
+        """A (R, D), a view."""
+        return flat_P[self.a_start : self.a_start + self.rank * self.inputs].view(self.rank, self.inputs)
+
+    def b(self, flat_P: Tensor) -> Tensor:
+        """B (O, R), a view."""
+        return flat_P[self.b_start : self.b_start + self.rank * self.outputs].view(self.outputs, self.rank)
+
+
+class Slot:
+    """One adapter in the bank.
+
+    parameters_P, gradients_P: flat fp32; gradients_P is None for a slot that is only used. a_parameters: how many of
+    the first elements belong to A matrices (LoRA+ gives the rest another learning rate).
+    """
+
+    def __init__(
+        self, name: str, shape: SlotShape, facts: ModelFacts, *, trained: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.name, self.shape = name, shape
+        self._places, self.a_parameters, total = _lay_out(shape, facts)
+        self.parameters_P = torch.zeros(total, dtype=torch.float32, device=device)
+        self.gradients_P = torch.zeros_like(self.parameters_P) if trained else None
+        self._compute_P = self.parameters_P if dtype == torch.float32 else self.parameters_P.to(dtype)
+        self.groups = _make_groups(self, facts)
+
+    def matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """For each site its fp32 A (R, D) and B (O, R), views of the flat parameters."""
+        return {site: (p.a(self.parameters_P), p.b(self.parameters_P)) for site, p in self._places.items()}
+
+    def site_gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """For each site the gradients of A and B, views of the flat gradient. Raises ValueError on an untrained
+        slot.
+        """
+        if self.gradients_P is None:
+            raise ValueError(f"slot {self.name} is not trained")
+        return {site: (p.a(self.gradients_P), p.b(self.gradients_P)) for site, p in self._places.items()}
+
+    def refresh(self) -> None:
+        """Bring the shadow copy in the compute dtype up to date; call after the parameters changed."""
+        if self._compute_P is not self.parameters_P:
+            self._compute_P.copy_(self.parameters_P)
+
+    def group_member(self, site: str) -> tuple[_Place, Tensor, Tensor | None]:
+        """Place, compute-dtype B, and gradient of B of one site."""
+        place = self._places[site]
+        return place, place.b(self._compute_P), None if self.gradients_P is None else place.b(self.gradients_P)
+
+    def stacked_a(self, sites: list[str]) -> tuple[Tensor, Tensor | None]:
+        """The A matrices of neighbouring sites as one (sum of ranks, D) view, and its gradient."""
+        first = self._places[sites[0]]
+        rank = sum(self._places[s].rank for s in sites)
+        whole = _Place(first.a_start, 0, rank, first.inputs, 0)
+        return whole.a(self._compute_P), None if self.gradients_P is None else whole.a(self.gradients_P)
+
+
+def _lay_out(shape: SlotShape, facts: ModelFacts) -> tuple[dict[str, _Place], int, int]:
+    """Places of all sites, the number of A parameters, and of all parameters. Sites of a stack are neighbours."""
+    ordered = [
+        site_name(layer, module)
+        for layer in range(facts.layers)
+        for modules in STACKS.values()
+        for module in modules
+        if site_name(layer, module) in shape.sites
+    ]
+    unknown = sorted(set(shape.sites) - set(ordered))
+    if unknown or not ordered:
+        raise AdapterError(
+            "adapter-target-missing",
+            f"the base ({facts.layers} layers) has no matrix named {unknown[0]}" if unknown else "no matrix is adapted",
+            got=f"{len(unknown)} of {len(shape.sites)} targets are unknown",
+            hint="the adapter belongs to another base; choose its own base, or other targets",
+        )
+    sizes = {site: facts.linear_shape(parse_site(site)[1]) for site in ordered}
+    a_total = sum(shape.sites[site].rank * sizes[site][1] for site in ordered)
+    places, a_next, b_next = {}, 0, a_total
+    for site in ordered:
+        rank, (outputs, inputs) = shape.sites[site].rank, sizes[site]
+        if not 1 <= rank <= min(outputs, inputs):
+            raise AdapterError(
+                "adapter-rank",
+                f"rank {rank} does not fit {site}, a {outputs} x {inputs} matrix",
+                hint=f"choose a rank from 1 to {min(outputs, inputs)}",
+            )
+        places[site] = _Place(a_next, b_next, rank, inputs, outputs)
+        a_next, b_next = a_next + rank * inputs, b_next + rank * outputs
+    return places, a_total, b_next
+
+
+def _make_groups(slot: Slot, facts: ModelFacts) -> dict[tuple[int, str], LoraGroup]:
+    """The slot's matrices as the kernel wants them: per layer and stacked weight."""
+    groups = {}
+    for layer in range(facts.layers):
+        for salt, (stack, modules) in enumerate(STACKS.items()):
+            members, sites, out, rank_start = [], [], 0, 0
+            for module in modules:
+                site, out_start = site_name(layer, module), out
+                out += facts.linear_shape(module)[0]
+                if site not in slot.shape.sites:
+                    continue
+                place, b_OR, grad_b_OR = slot.group_member(site)
+                rank_stop = rank_start + place.rank
+                scale = slot.shape.sites[site].scale
+                members.append(LoraMember(b_OR, grad_b_OR, out_start, out, rank_start, rank_stop, scale))
+                sites.append(site)
+                rank_start = rank_stop
+            if sites:
+                a_RD, grad_a_RD = slot.stacked_a(sites)
+                dropout_salt = layer * len(STACKS) + salt
+                groups[layer, stack] = LoraGroup(a_RD, grad_a_RD, tuple(members), slot.shape.dropout, dropout_salt)
+    return groups
+
+
+class AdapterBank:
+    """Slots by number over one frozen base. A batch names the slot of each of its rows (NO_SLOT: the bare base)."""
+
+    def __init__(self, facts: ModelFacts, *, dtype: torch.dtype, device: torch.device) -> None:
+        """dtype: what the decoder computes in; parameters stay fp32 whatever it is."""
+        self.facts, self.dtype, self.device = facts, dtype, device
+        self.slots: dict[int, Slot] = {}
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+
+    def add(self, name: str, shape: SlotShape, *, trained: bool) -> int:
+        """Make a slot, all zeros (an adapter that changes nothing); returns its number, the lowest free one.
+
+        Raises AdapterError adapter-target-missing, adapter-rank.
+        """
+        number = next(i for i in range(len(self.slots) + 1) if i not in self.slots)
+        self.slots[number] = Slot(name, shape, self.facts, trained=trained, dtype=self.dtype, device=self.device)
+        return number
+
+    def remove(self, number: int) -> None:
+        """Free a slot; batches that name it are refused from then on."""
+        del self.slots[number]
+
+    @property
+    def anchor(self) -> Tensor | None:
+        """See `models.decoder.Bank.anchor`."""
+        trained = any(slot.gradients_P is not None for slot in self.slots.values())
+        return self._anchor if trained and torch.is_grad_enabled() else None
+
+    def parts(self, layer: int, stack: str, batch: Batch) -> tuple[LoraPart, ...]:
+        """See `models.decoder.Bank.parts`. Raises KeyError for a slot that is not in the bank."""
+        parts = []
+        for segment in batch.segments:
+            if segment.slot < 0:
+                continue
+            group = self.slots[segment.slot].groups.get((layer, stack))
+            if group is None:
+                continue
+            dropped = batch.draw_T is not None and group.dropout > 0.0
+            draw_T = batch.draw_T[segment.start : segment.stop] if dropped and batch.draw_T is not None else None
+            parts.append(LoraPart(group, segment.start, segment.stop, draw_T))
+        return tuple(parts)
+
+
+def initialise(slot: Slot, kind: Initialisation, seed: int) -> None:
+    """Fill every A at random, as a function of (seed, site) alone; every B is zero, so that training starts at the
+    base.
+
+    kaiming: uniform in +-1/sqrt(D) (PEFT's default: Kaiming with a = sqrt 5); gaussian: normal with deviation 1/R
+    (PEFT's "gaussian"); orthogonal: orthonormal rows.
+    """
+    for site, (a_RD, b_OR) in slot.matrices().items():
+        generator = torch.Generator().manual_seed(_site_seed(seed, site))
+        rank, inputs = a_RD.shape
+        if kind == "kaiming":
+            fresh = (torch.rand(rank, inputs, generator=generator) * 2 - 1) / inputs**0.5
+        elif kind == "gaussian":
+            fresh = torch.randn(rank, inputs, generator=generator) / rank
+        else:
+            fresh = torch.linalg.qr(torch.randn(inputs, rank, generator=generator))[0].t()
+        a_RD.copy_(fresh)
+        b_OR.zero_()
+    slot.refresh()
+
+
+def _site_seed(seed: int, site: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{site}".encode()).digest()[:7])

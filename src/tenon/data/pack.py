@@ -1,0 +1,225 @@
+"""Rows of any slots, packed into batches without padding.
+
+Packing decides only where tokens lie: loss and gradients are those of the rows run alone. When all rows of a slot in a
+batch begin with the same unsupervised tokens (a system prompt), these are computed once and every row attends to them;
+the gradient that flows back into them is the sum of what the rows would have sent.
+
+Shape legend: T tokens of the stream, G rows of an attention group, Q queries and C contexts of a row.
+This module does not know where rows come from, nor what is computed on them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tenon.batch import IGNORE, AttentionGroup, AttentionLayout, Batch, Segment
+from tenon.kernels.dropout import mix32
+
+# A prefix is shared when it saves at least so many tokens; below, the extra attention group costs more.
+_MIN_SAVED_TOKENS = 64
+# Rows attend together while the shorter has at least this share of the longer one's tokens, or lacks at most so many.
+_GROUP_SHARE = 0.75
+_GROUP_SLACK_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackRow:
+    """One row on its way into a batch: its slot, token ids, which of them are supervised, its index, its dropout
+    key.
+    """
+
+    slot: int
+    ids: np.ndarray
+    supervised: np.ndarray
+    index: int = -1
+    draw: int = 0
+
+    @property
+    def labels(self) -> np.ndarray:
+        """What should follow each token, or IGNORE; the last token predicts nothing."""
+        labels = np.full(len(self.ids), IGNORE, dtype=np.int64)
+        labels[:-1] = np.where(self.supervised[1:], self.ids[1:], IGNORE)
+        return labels
+
+
+def bare_row(slot: int, ids: Sequence[int]) -> PackRow:
+    """A row without labels, for inference."""
+    return PackRow(slot, np.asarray(ids, dtype=np.int64), np.zeros(len(ids), dtype=bool))
+
+
+@dataclass(frozen=True, slots=True)
+class PackOptions:
+    """micro_tokens: most tokens of a batch (one longer row still goes alone). dropout: whether any slot needs keys."""
+
+    micro_tokens: int
+    share_prefix: bool = True
+    dropout: bool = False
+
+
+def pack_rows(rows: Sequence[PackRow], options: PackOptions, device: torch.device) -> list[Batch]:
+    """All rows in as few batches as the token limit allows, of nearly equal size; rows of a slot are neighbours."""
+    ordered = sorted(rows, key=lambda row: (row.slot, -len(row.ids)))
+    return [_batch(part, options, device) for part in _split(ordered, options)]
+
+
+def _split(rows: list[PackRow], options: PackOptions) -> list[list[PackRow]]:
+    total = sum(_own_lengths(rows, options)) if rows else 0
+    batches = max(1, -(-total // options.micro_tokens))
+    target = min(options.micro_tokens, -(-total // batches) + max((len(r.ids) for r in rows), default=0) // 2)
+    parts: list[list[PackRow]] = []
+    room = 0
+    for row, own in zip(rows, _own_lengths(rows, options), strict=True):
+        if own > room or not parts:
+            parts.append([])
+            room = target - (len(row.ids) - own)
+        parts[-1].append(row)
+        room -= own
+    return parts
+
+
+def _own_lengths(rows: list[PackRow], options: PackOptions) -> list[int]:
+    """Tokens that each row adds to a stream: all of them, less the prefix that its slot's rows share."""
+    prefixes = {run[0].slot: _shared_prefix(run) if options.share_prefix else 0 for run in _runs(rows)}
+    return [len(row.ids) - prefixes[row.slot] for row in rows]
+
+
+def _runs(rows: list[PackRow]) -> list[list[PackRow]]:
+    """Neighbouring rows of the same slot."""
+    runs: list[list[PackRow]] = []
+    for row in rows:
+        if runs and runs[-1][0].slot == row.slot:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return runs
+
+
+def _shared_prefix(rows: list[PackRow]) -> int:
+    """Length of the common beginning without labels, or 0 when sharing it saves too little."""
+    if len(rows) < 2:
+        return 0
+    first = rows[0].ids
+    length = min(_free_prefix(row) for row in rows)
+    for row in rows[1:]:
+        same = np.flatnonzero(first[:length] != row.ids[:length])
+        length = int(same[0]) if len(same) else length
+    return length if length * (len(rows) - 1) >= _MIN_SAVED_TOKENS else 0
+
+
+def _free_prefix(row: PackRow) -> int:
+    """Tokens at the start that have no label, leaving at least one token to the row itself."""
+    supervised = np.flatnonzero(row.supervised[1:])
+    return int(supervised[0]) if len(supervised) else len(row.ids) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Tokens [skip:] of a row (or [:stop] as a shared prefix) at `start` of the stream."""
+
+    row: PackRow
+    start: int
+    skip: int
+    stop: int
+    prefix_start: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.skip
+
+
+def _batch(rows: list[PackRow], options: PackOptions, device: torch.device) -> Batch:
+    pieces = _lay_pieces(rows, options)
+    ids = np.concatenate([p.row.ids[p.skip : p.stop] for p in pieces]).astype(np.int64)
+    labels = np.concatenate([p.row.labels[p.skip : p.stop] for p in pieces])
+    positions = np.concatenate([np.arange(p.skip, p.stop) for p in pieces])
+    draws = np.repeat(np.array([p.row.draw for p in pieces], dtype=np.int32), [p.length for p in pieces])
+    return Batch(
+        ids_T=torch.from_numpy(ids).to(device),
+        positions_T=torch.from_numpy(positions).to(device),
+        labels_T=torch.from_numpy(labels).to(device),
+        cu_seqlens=(*(p.start for p in pieces), len(ids)),
+        slots=tuple(p.row.slot for p in pieces),
+        rows=tuple(p.row.index for p in pieces),
+        segments=_segments(pieces),
+        attention=_attention_layout(pieces, len(ids), device),
+        row_tokens=sum(len(row.ids) for row in rows),
+        draw_T=_token_draws(draws, positions).to(device) if options.dropout else None,
+    )
+
+
+def _token_draws(draws: np.ndarray, positions: np.ndarray) -> torch.Tensor:
+    """The dropout key of each token, from its row's key and its position."""
+    return mix32(torch.from_numpy(draws) + torch.from_numpy(positions.astype(np.int32)) * 0x3C6EF372)
+
+
+def _lay_pieces(rows: list[PackRow], options: PackOptions) -> list[_Piece]:
+    """The stream in order: per slot its shared prefix, if any, then its rows."""
+    pieces: list[_Piece] = []
+    at = 0
+    for run in _runs(rows):
+        # With dropout every row draws its own mask for the prefix, so there is nothing to share.
+        prefix = _shared_prefix(run) if options.share_prefix and not options.dropout else 0
+        prefix_start = at
+        if prefix:
+            pieces.append(_Piece(run[0], at, 0, prefix, -1))
+            at += prefix
+        for row in run:
+            pieces.append(_Piece(row, at, prefix, len(row.ids), prefix_start if prefix else -1))
+            at += len(row.ids) - prefix
+    return pieces
+
+
+def _segments(pieces: list[_Piece]) -> tuple[Segment, ...]:
+    segments: list[Segment] = []
+    for piece in pieces:
+        stop = piece.start + piece.length
+        if segments and segments[-1].slot == piece.row.slot:
+            segments[-1] = Segment(piece.row.slot, segments[-1].start, stop)
+        else:
+            segments.append(Segment(piece.row.slot, piece.start, stop))
+    return tuple(segments)
+
+
+def _attention_layout(pieces: list[_Piece], tokens: int, device: torch.device) -> AttentionLayout:
+    """Groups of rows of like length under the same prefix, and where their outputs belong."""
+    groups: list[AttentionGroup] = []
+    restore = np.empty(tokens, dtype=np.int64)
+    at = 0
+    for members in _attention_groups(pieces):
+        width = max(p.length for p in members)
+        for i, piece in enumerate(members):
+            restore[piece.start : piece.start + piece.length] = at + i * width + np.arange(piece.length)
+        groups.append(_attention_group(members, width, device))
+        at += len(members) * width
+    in_order = at == tokens and np.array_equal(restore, np.arange(tokens))
+    return AttentionLayout(tuple(groups), None if in_order else torch.from_numpy(restore).to(device))
+
+
+def _attention_groups(pieces: list[_Piece]) -> list[list[_Piece]]:
+    groups: list[list[_Piece]] = []
+    for piece in sorted(pieces, key=lambda p: (p.prefix_start, -p.length)):
+        if groups and groups[-1][0].prefix_start == piece.prefix_start:
+            longest = groups[-1][0].length
+            if piece.length >= _GROUP_SHARE * longest or piece.length >= longest - _GROUP_SLACK_TOKENS:
+                groups[-1].append(piece)
+                continue
+        groups.append([piece])
+    return groups
+
+
+def _attention_group(members: list[_Piece], width: int, device: torch.device) -> AttentionGroup:
+    first = members[0]
+    adjacent = all(b.start == a.start + width for a, b in itertools.pairwise(members))
+    if first.prefix_start < 0 and adjacent and all(p.length == width for p in members):
+        return AttentionGroup(len(members), first.start, first.start + width * len(members), None, None, 0)
+    own = np.stack([p.start + np.minimum(np.arange(width), p.length - 1) for p in members])
+    offset = first.skip
+    prefix = np.broadcast_to(np.arange(offset) + first.prefix_start, (len(members), offset))
+    context = np.concatenate([prefix, own], axis=1) if first.prefix_start >= 0 else own
+    query_GQ, context_GC = torch.from_numpy(own).to(device), torch.from_numpy(np.ascontiguousarray(context)).to(device)
+    return AttentionGroup(len(members), 0, 0, query_GQ, context_GC, offset)
