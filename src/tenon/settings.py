@@ -20,6 +20,7 @@ class Settings:
     offline: never ask a hub (TENON_OFFLINE=1 or HF_HUB_OFFLINE=1).
     threads: CPU threads for arithmetic; 0 means all cores this process may use (TENON_THREADS).
     debug: show tracebacks (TENON_DEBUG=1).
+    worker: module that runs as the worker process (TENON_WORKER); `tenon.service.fake_worker` does no arithmetic.
     """
 
     home: Path
@@ -27,6 +28,7 @@ class Settings:
     offline: bool
     threads: int
     debug: bool
+    worker: str = "tenon.worker"
 
     @property
     def registry(self) -> Path:
@@ -44,6 +46,7 @@ def read_settings(environ: dict[str, str] | None = None) -> Settings:
         offline=_truthy(env.get("TENON_OFFLINE")) or _truthy(env.get("HF_HUB_OFFLINE")),
         threads=int(env.get("TENON_THREADS") or 0),
         debug=_truthy(env.get("TENON_DEBUG")),
+        worker=env.get("TENON_WORKER") or "tenon.worker",
     )
 
 

@@ -1,0 +1,134 @@
+"""What a worker process is asked, other than to train (there the run folder says it all): one frozen value a kind.
+
+The light side resolves names (runs, adapters, bases) before it asks: a request holds folders and hashes, never names that
+still have to be looked up. Each class docstring lists the events that answer it. This module does not know how requests
+travel (service.worker_process) nor how they are answered (pipeline).
+
+Every event is one JSON object with its `kind`; besides those listed, `phase` {name, detail}, `progress` {what, done, total},
+`warning` {code, text} and `finished` {} may come with any kind of work, and `error` {code, what, got, hint} ends it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from tenon.bases.facts import ModelFacts
+from tenon.plan.values import BasePlan, DataPlan, MachineFacts, Plan, Precision
+from tenon.values import Value
+
+# One chat message in the OpenAI form: role, content, and where present tool_calls, tool_call_id, name, reasoning_content.
+Message = dict[str, Any]
+
+
+class Subject(Value):
+    """Who answers: the bare base (no folder) or one adapter.
+
+    label: `base`, `name@version`, or the name of a run's slot: how results and `/adapter` call it.
+    folder: PEFT layout (adapter_config.json, adapter_model.safetensors). template_hash: what it was trained with; a
+    renderer that differs refuses it ("" when unknown: adapters made elsewhere).
+    """
+
+    label: str
+    folder: str | None = None
+    adapter_hash: str | None = None
+    template_hash: str = ""
+
+
+class Sampling(Value):
+    """How tokens are drawn. temperature 0 is greedy; top_k 0 and top_p 1 cut nothing off."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+class Engine(Value):
+    """The base and how it computes: what every request but `InspectRequest` needs to load a decoder.
+
+    template: file of a chat template instead of the tokenizer's.
+    """
+
+    base: BasePlan
+    machine: MachineFacts
+    precision: Precision = "fp32"
+    template: str | None = None
+
+    @property
+    def facts(self) -> ModelFacts:
+        """The base's architecture."""
+        return self.base.facts
+
+
+class InspectRequest(Value):
+    """Look at the data of a plan as training would see it, without a model.
+
+    Events, per slot: `report` {slot, report: DataReport as JSON}; `row` {slot, source, pieces: [[text, supervised], …],
+    tokens, supervised}, at most `rows` of them, spread over the training rows; `lengths` {slot, edges: [n + 1 token counts],
+    counts: [n]} over all training rows.
+    """
+
+    plan: Plan
+    rows: int = 5
+
+
+class EvaluateRequest(Value):
+    """Judge subjects on the same rows, in order; the base is loaded once.
+
+    data: its `train` sources are the rows to judge, rendered as it says. metrics empty: chosen by the kind of rows.
+    rows: at most so many, 0 for all. Events, per subject: `result` {result: Result as JSON}.
+    """
+
+    engine: Engine
+    subjects: tuple[Subject, ...]
+    data: DataPlan
+    metrics: tuple[str, ...] = ()
+    rows: int = 0
+    max_new_tokens: int = 256
+    seed: int = 0
+
+
+class Prompt(Value):
+    """One conversation that waits for an answer; source: `file:line`."""
+
+    source: str
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+class GenerateRequest(Value):
+    """Answer many prompts in batches. Events: `completion` {index, text, tokens, finish}, in any order."""
+
+    engine: Engine
+    subject: Subject
+    prompts: tuple[Prompt, ...]
+    sampling: Sampling
+
+
+class ChatStart(Value):
+    """First request of a conversation: load the base and these adapters (more can come with any turn).
+
+    Event: `ready` {adapters: [labels]}.
+    """
+
+    kind: Literal["start"] = "start"
+    engine: Engine
+    subjects: tuple[Subject, ...] = ()
+
+
+class ChatTurn(Value):
+    """Answer one conversation. A subject that is not loaded yet is loaded; the base stays as it is.
+
+    Events: `token` {text} as they come (text may be empty while a character is incomplete), then `answer` {text, tokens,
+    finish: stop | length | interrupted, seconds}. While it runs, the emit callback raises StopRequestedError when the user
+    interrupts: the conversation goes on with the next turn.
+    """
+
+    kind: Literal["turn"] = "turn"
+    subject: Subject
+    messages: tuple[Message, ...]
+    sampling: Sampling = Sampling()
+
+
+ChatRequest = ChatStart | ChatTurn
