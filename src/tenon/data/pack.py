@@ -60,32 +60,37 @@ class PackOptions:
     share_prefix: bool = True
     dropout: bool = False
 
+    @property
+    def shares(self) -> bool:
+        """Whether prefixes are shared: not with dropout, where every row draws its own mask for the prefix."""
+        return self.share_prefix and not self.dropout
+
 
 def pack_rows(rows: Sequence[PackRow], options: PackOptions, device: torch.device) -> list[Batch]:
     """All rows in as few batches as the token limit allows, of nearly equal size; rows of a slot are neighbours."""
     ordered = sorted(rows, key=lambda row: (row.slot, -len(row.ids)))
-    return [_batch(part, options, device) for part in _split(ordered, options)]
+    prefixes = {run[0].slot: _shared_prefix(run) if options.shares else 0 for run in _runs(ordered)}
+    parts = _split(ordered, prefixes, options.micro_tokens)
+    return [_batch(part, prefixes, device, dropout=options.dropout) for part in parts]
 
 
-def _split(rows: list[PackRow], options: PackOptions) -> list[list[PackRow]]:
-    total = sum(_own_lengths(rows, options)) if rows else 0
-    batches = max(1, -(-total // options.micro_tokens))
-    target = min(options.micro_tokens, -(-total // batches) + max((len(r.ids) for r in rows), default=0) // 2)
+def _split(rows: list[PackRow], prefixes: dict[int, int], micro_tokens: int) -> list[list[PackRow]]:
+    """Cut the rows into batches of at most micro_tokens, filled evenly."""
+    total = sum(prefixes.values()) + sum(len(row.ids) - prefixes[row.slot] for row in rows)
+    batches = -(-total // micro_tokens)
+    longest = max((len(row.ids) for row in rows), default=0)
+    target = micro_tokens if batches <= 1 else min(micro_tokens, -(-total // batches) + longest // 2)
     parts: list[list[PackRow]] = []
-    room = 0
-    for row, own in zip(rows, _own_lengths(rows, options), strict=True):
-        if own > room or not parts:
+    used = 0
+    for row in rows:
+        own = len(row.ids) - prefixes[row.slot]
+        cost = own if parts and parts[-1][-1].slot == row.slot else len(row.ids)
+        if not parts or used + cost > target:
             parts.append([])
-            room = target - (len(row.ids) - own)
+            used, cost = 0, len(row.ids)
         parts[-1].append(row)
-        room -= own
+        used += cost
     return parts
-
-
-def _own_lengths(rows: list[PackRow], options: PackOptions) -> list[int]:
-    """Tokens that each row adds to a stream: all of them, less the prefix that its slot's rows share."""
-    prefixes = {run[0].slot: _shared_prefix(run) if options.share_prefix else 0 for run in _runs(rows)}
-    return [len(row.ids) - prefixes[row.slot] for row in rows]
 
 
 def _runs(rows: list[PackRow]) -> list[list[PackRow]]:
@@ -132,8 +137,8 @@ class _Piece:
         return self.stop - self.skip
 
 
-def _batch(rows: list[PackRow], options: PackOptions, device: torch.device) -> Batch:
-    pieces = _lay_pieces(rows, options)
+def _batch(rows: list[PackRow], prefixes: dict[int, int], device: torch.device, *, dropout: bool) -> Batch:
+    pieces = _lay_pieces(rows, prefixes)
     ids = np.concatenate([p.row.ids[p.skip : p.stop] for p in pieces]).astype(np.int64)
     labels = np.concatenate([p.row.labels[p.skip : p.stop] for p in pieces])
     positions = np.concatenate([np.arange(p.skip, p.stop) for p in pieces])
@@ -148,7 +153,7 @@ def _batch(rows: list[PackRow], options: PackOptions, device: torch.device) -> B
         segments=_segments(pieces),
         attention=_attention_layout(pieces, len(ids), device),
         row_tokens=sum(len(row.ids) for row in rows),
-        draw_T=_token_draws(draws, positions).to(device) if options.dropout else None,
+        draw_T=_token_draws(draws, positions).to(device) if dropout else None,
     )
 
 
@@ -157,13 +162,12 @@ def _token_draws(draws: np.ndarray, positions: np.ndarray) -> torch.Tensor:
     return mix32(torch.from_numpy(draws) + torch.from_numpy(positions.astype(np.int32)) * 0x3C6EF372)
 
 
-def _lay_pieces(rows: list[PackRow], options: PackOptions) -> list[_Piece]:
+def _lay_pieces(rows: list[PackRow], prefixes: dict[int, int]) -> list[_Piece]:
     """The stream in order: per slot its shared prefix, if any, then its rows."""
     pieces: list[_Piece] = []
     at = 0
     for run in _runs(rows):
-        # With dropout every row draws its own mask for the prefix, so there is nothing to share.
-        prefix = _shared_prefix(run) if options.share_prefix and not options.dropout else 0
+        prefix = prefixes[run[0].slot] if len(run) > 1 else 0
         prefix_start = at
         if prefix:
             pieces.append(_Piece(run[0], at, 0, prefix, -1))
