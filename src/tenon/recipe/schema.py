@@ -1,0 +1,361 @@
+"""The Recipe: what the user asks, typed and frozen. A field that is None is left to the planner.
+
+Every field says its unit and what it clashes with; docs/recipe.md is made from these descriptions. This module does not
+know files, other tools' names for things (aliases), nor what the planner decides.
+"""
+
+from __future__ import annotations
+
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+from tenon.values import Value
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+def _as_tuple(value: Any) -> Any:
+    """YAML gives lists; a single item stands for a list of one."""
+    if isinstance(value, list):
+        return tuple(value)
+    return value if value is None or isinstance(value, tuple) else (value,)
+
+
+def _as_sources(value: Any) -> Any:
+    """A path, or a list of paths and of {path, weight, format, columns}, as a tuple of sources."""
+    items = _as_tuple(value)
+    if items is None:
+        return None
+    return tuple({"path": item} if isinstance(item, str) else item for item in items)
+
+
+def _text_or_tuple(value: Any) -> Any:
+    """One word stays a word; anything else becomes a tuple."""
+    return value if isinstance(value, str) else _as_tuple(value)
+
+
+class Section(Value):
+    """A group of fields. Strict: `rank: "16"` is text, not a number, and is refused."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Source(Section):
+    """One source of rows."""
+
+    path: str = Field(
+        min_length=1, description="File, folder, glob or hub id; relative to the folder of the recipe file."
+    )
+    weight: float = Field(
+        default=1.0, gt=0, le=1000, description="Passes over this source in one epoch; 0.5 takes half of it."
+    )
+    format: str = Field(
+        default="auto", min_length=1, description="Row format; `auto` detects it and prints what it found."
+    )
+    columns: dict[str, str] = Field(default={}, description="Our field name -> the file's column, where they differ.")
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources), Field(min_length=1)]
+Words = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class DataSection(Section):
+    """Where rows come from and what becomes of them."""
+
+    train: Sources = Field(
+        description="What to learn from: a path, or a list of paths and of {path, weight, format, columns}."
+    )
+    validation: Sources | None = Field(
+        default=None,
+        description="Sources of their own for validation, written like `data.train`. Clashes with `data.heldout`.",
+    )
+    heldout: Share | None = Field(
+        default=None,
+        description="Share of unique rows kept from training for validation. Clashes with `data.validation`.",
+    )
+    heldout_by: Literal["fraction", "content"] | None = Field(
+        default=None,
+        description="`fraction` draws exactly that share with the seed; `content` decides each row by its own hash, so "
+        "that it stays on its side when the data grow. Needs `data.heldout`.",
+    )
+    max_tokens: int | None = Field(
+        default=None, ge=2, description="Longest row, in tokens, prompt and answer together."
+    )
+    on_long: Literal["stop", "truncate", "drop"] | None = Field(
+        default=None,
+        description="What becomes of a row longer than `data.max_tokens`; each one is counted and reported.",
+    )
+    on_bad: Literal["stop", "drop"] | None = Field(
+        default=None, description="What becomes of a row that cannot be used."
+    )
+    on_duplicate: Literal["keep", "drop"] | None = Field(
+        default=None, description="What becomes of a row that occurs twice."
+    )
+    supervise: Literal["assistant", "last", "all"] | None = Field(
+        default=None, description="Which tokens are learned: every assistant turn, only the last one, or all tokens."
+    )
+    system: str | None = Field(default=None, description="System message for chats that have none of their own.")
+    prompt: str | None = Field(
+        default=None,
+        description="How the text of a labelled row is asked; `{text}` stands for it. For labelled rows only.",
+    )
+    template: str | None = Field(
+        default=None, description="File of a Jinja chat template, used instead of the tokenizer's own."
+    )
+    shuffle: bool | None = Field(default=None, description="Draw a new order of rows for each epoch, from the seed.")
+    workers: int | None = Field(default=None, ge=1, le=256, description="Processes that turn rows into tokens.")
+
+
+class LoraSection(Section):
+    """The low-rank matrices."""
+
+    rank: int | None = Field(
+        default=None, ge=1, description="Inner dimension of B A; at most the smaller side of each matrix."
+    )
+    alpha: float | None = Field(
+        default=None, gt=0, description="B A x is multiplied by alpha/rank, with `lora.rslora` by alpha/sqrt(rank)."
+    )
+    dropout: Share | None = Field(
+        default=None, description="Share of the adapter's inputs that is zeroed while training."
+    )
+    targets: Annotated[str | tuple[str, ...] | None, BeforeValidator(_text_or_tuple)] = Field(
+        default=None,
+        description="Adapted matrices: `all`, `attention`, `mlp`, `qv`, module names (`q_proj`), or a regular "
+        "expression over full names such as `layers.3.self_attn.q_proj`; or a list of these.",
+    )
+    layers: Annotated[str | tuple[int, ...] | None, BeforeValidator(_text_or_tuple)] = Field(
+        default=None,
+        description="Layers that are adapted, counted from 0: `8-15`, `8-`, `0-3,12`, or a list of numbers.",
+    )
+    rslora: bool | None = Field(
+        default=None, description="Rank-stabilised scale, alpha/sqrt(rank) instead of alpha/rank."
+    )
+    init: Literal["kaiming", "gaussian", "orthogonal"] | None = Field(
+        default=None, description="How A starts (B starts at zero). Clashes with `lora.start_from`."
+    )
+    start_from: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder of an adapter whose weights are the start; its rank and matrices must be the recipe's.",
+    )
+
+
+class OptimizerSection(Section):
+    """How gradients become updates."""
+
+    kind: Literal["adamw", "sgd", "adamw8bit"] | None = Field(default=None, description="`adamw8bit` needs a GPU.")
+    lr: float | None = Field(default=None, gt=0, le=100, description="Peak learning rate of the A matrices.")
+    b_ratio: float | None = Field(
+        default=None, gt=0, le=1000, description="LoRA+: the B matrices learn at lr x b_ratio; 1 is plain LoRA."
+    )
+    weight_decay: float | None = Field(
+        default=None, ge=0, le=10, description="Decoupled weight decay, times the learning rate."
+    )
+    beta1: Share | None = Field(default=None, description="Decay of the first moment. Not with `optimizer.kind: sgd`.")
+    beta2: Share | None = Field(default=None, description="Decay of the second moment. Not with `optimizer.kind: sgd`.")
+    eps: float | None = Field(
+        default=None, gt=0, lt=1, description="Added to the root of the second moment. Not with `optimizer.kind: sgd`."
+    )
+    momentum: Share | None = Field(default=None, description="Momentum of SGD. Only with `optimizer.kind: sgd`.")
+    clip_norm: float | None = Field(
+        default=None, ge=0, description="Each adapter's gradient is scaled down to this norm; 0 never clips."
+    )
+
+
+class ScheduleSection(Section):
+    """How the learning rate moves over the run."""
+
+    kind: Literal["cosine", "cosine_restarts", "linear", "constant", "wsd"] | None = Field(
+        default=None, description="Shape after the warm-up; `wsd` holds the peak and decays at the end."
+    )
+    warmup: float | None = Field(
+        default=None,
+        ge=0,
+        description="Below 1 a share of the run, from 1 on a whole number of steps; the rate rises from 0.",
+    )
+    decay: float | None = Field(
+        default=None, gt=0, le=1, description="Share of the run that decays at the end. Only with `schedule.kind: wsd`."
+    )
+    cycles: int | None = Field(
+        default=None, ge=1, le=1000, description="Number of cosines. Only with `schedule.kind: cosine_restarts`."
+    )
+    floor: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Lowest share of the peak after warm-up. Not with `schedule.kind: constant`.",
+    )
+
+
+class BatchSection(Section):
+    """What one optimiser step sees. Accumulation follows from it and from memory."""
+
+    rows: int | None = Field(default=None, ge=1, description="Rows of one step. Clashes with `batch.tokens`.")
+    tokens: int | None = Field(
+        default=None, ge=1, description="Whole rows up to so many tokens make one step. Clashes with `batch.rows`."
+    )
+    micro_tokens: int | None = Field(
+        default=None, ge=2, description="Tokens computed at once; changes memory and speed, never what is learned."
+    )
+
+
+class LimitsSection(Section):
+    """The run ends at whichever limit comes first."""
+
+    epochs: float | None = Field(default=None, gt=0, description="Passes over the training rows.")
+    steps: int | None = Field(default=None, ge=1, description="Optimiser steps.")
+    minutes: float | None = Field(
+        default=None, gt=0, description="Minutes of training; the schedule then follows the clock."
+    )
+
+
+class ValidationSection(Section):
+    """Measuring while training. Needs `data.validation` or held-out rows."""
+
+    every: int | None = Field(default=None, ge=0, description="Steps between validations; 0 is once, at the end.")
+    metric: str | None = Field(
+        default=None, min_length=1, description="What `best` means; `loss` is always measured too."
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Validations without improvement before an early stop. Needs `validation.every`.",
+    )
+    min_delta: float | None = Field(
+        default=None, ge=0, description="Smaller gains are no improvement. Needs `validation.patience`."
+    )
+    rows: int | None = Field(default=None, ge=0, description="At most so many rows are measured; 0 is all of them.")
+
+
+class CheckpointSection(Section):
+    """What is kept while training, so that any stop can be resumed."""
+
+    every: int | None = Field(
+        default=None, ge=0, description="Steps between checkpoints; 0 is only at a stop and at the end."
+    )
+    keep: int | None = Field(
+        default=None, ge=1, description="Newest checkpoints kept; the best one is kept beside them."
+    )
+
+
+class EvaluateSection(Section):
+    """What is measured after training, base against adapter."""
+
+    data: Sources | None = Field(
+        default=None, description="Sources written like `data.train`; left out, the validation rows are used."
+    )
+    metrics: Words | None = Field(
+        default=None,
+        description="Names of metrics; left out, they follow from the kind of rows; `[]` turns evaluation off.",
+    )
+    rows: int | None = Field(default=None, ge=0, description="At most so many rows are used; 0 is all of them.")
+    max_new_tokens: int | None = Field(
+        default=None, ge=1, description="Longest generated answer, in tokens, in evaluation and validation."
+    )
+
+
+class Recipe(Section):
+    """One adapter: what it learns from, on which base, and how. Only `base` and `data.train` have to be said."""
+
+    base: str = Field(min_length=1, description="Name of an embedded base, a folder, a .gguf file, or a hub id.")
+    name: str | None = Field(
+        default=None,
+        pattern=NAME_PATTERN,
+        description="Name of the adapter: letters, digits, dots, hyphens, underscores.",
+    )
+    data: DataSection
+    lora: LoraSection = LoraSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    batch: BatchSection = BatchSection()
+    limits: LimitsSection = LimitsSection()
+    validation: ValidationSection = ValidationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    precision: Literal["auto", "fp32", "bf16", "fp16"] | None = Field(
+        default=None,
+        description="Number format of the frozen base; the adapter itself is always fp32. fp16 needs a GPU.",
+    )
+    device: Literal["auto", "cpu", "cuda"] | None = Field(default=None, description="Where the run computes.")
+    checkpointing: Literal["auto", "none", "full"] | None = Field(
+        default=None,
+        description="Gradient checkpointing: `full` computes every layer's forward pass again to save memory.",
+    )
+    register_as: bool | Annotated[str, Field(pattern=NAME_PATTERN)] | None = Field(
+        default=None,
+        alias="register",
+        description="Name under which the finished adapter is registered; `true` takes `name`, `false` means not.",
+    )
+    seed: int | None = Field(default=None, ge=0, lt=2**63, description="Start of all randomness.")
+    run: str | None = Field(
+        default=None, min_length=1, description="Folder that the run writes; relative to the folder of the recipe file."
+    )
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...] | None, BeforeValidator(_as_tuple)] = (
+        Field(default=None, description="Trackers that get the run's events beside `events.jsonl`.")
+    )
+
+    model_config = ConfigDict(strict=True, serialize_by_alias=True)
+
+
+class LeafField(Value):
+    """One field of the recipe: its dotted key, its type in words, and its description."""
+
+    key: str
+    kind: str
+    description: str
+    required: bool
+
+
+def section_names() -> tuple[str, ...]:
+    """The recipe's sections, in order."""
+    return tuple(name for name, info in Recipe.model_fields.items() if _section_of(info.annotation) is not None)
+
+
+def leaf_fields() -> tuple[LeafField, ...]:
+    """Every field of the recipe that holds a value, by dotted key, in the order of the schema."""
+    leaves: list[LeafField] = []
+    for name, info in Recipe.model_fields.items():
+        section = _section_of(info.annotation)
+        if section is None:
+            leaves.append(_leaf(info.alias or name, info))
+            continue
+        leaves.extend(_leaf(f"{name}.{inner}", field) for inner, field in section.model_fields.items())
+    return tuple(leaves)
+
+
+def source_fields() -> tuple[LeafField, ...]:
+    """The fields of one source of rows."""
+    return tuple(_leaf(name, info) for name, info in Source.model_fields.items())
+
+
+_WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", Source: "source"}
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def _leaf(key: str, info: FieldInfo) -> LeafField:
+    return LeafField(
+        key=key, kind=_in_words(info.annotation), description=info.description or "", required=info.is_required()
+    )
+
+
+def _in_words(annotation: Any) -> str:
+    """A type as a reader of YAML would say it."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _in_words(arguments[0])
+    if origin in (Union, UnionType):
+        return " or ".join(_in_words(part) for part in arguments if part is not type(None))
+    if origin is Literal:
+        return ", ".join(f"`{word}`" for word in arguments)
+    if origin is tuple:
+        return f"list of {_in_words(arguments[0])}"
+    if origin is dict:
+        return "mapping of text to text"
+    return _WORDS[annotation]

@@ -1,0 +1,152 @@
+"""Entries under other tools' keys, put under ours, with where each came from; or the difference, as an error.
+
+Knows the tables of `aliases`; does not know which of our keys exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tenon.errors import RecipeError
+from tenon.recipe.aliases import ALWAYS, BY_KEY, DIFFERENT, FOREIGN_KEYS, PAIRED, Unset
+from tenon.recipe.written import Written
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """Entries under our keys, and the foreign entries that say what Tenon does anyway."""
+
+    entries: tuple[Written, ...]
+    always: tuple[Written, ...]
+
+
+def translate(entries: Mapping[str, Written]) -> Translation:
+    """Entries under our own keys. Entries of neither tool nor Tenon pass through, for the caller to refuse.
+
+    Raises RecipeError: recipe-alias-differs, recipe-alias-clash.
+    """
+    given = {key: entry for key, entry in entries.items() if key not in FOREIGN_KEYS or entry.value is not None}
+    ours: dict[str, Written] = {}
+    always: list[Written] = []
+    for key, entry in given.items():
+        if key in PAIRED:
+            continue
+        if (key in ALWAYS and _same(entry.value, ALWAYS[key])) or key in _strategies(given):
+            always.append(entry)
+        elif key in DIFFERENT:
+            raise _differs(entry, DIFFERENT[key])
+        elif key in ALWAYS:
+            raise _differs(entry, f"only {ALWAYS[key]!r} is what Tenon does")
+        else:
+            for one in _ours(entry):
+                _add(ours, one)
+    for one in (*_batch_rows(given), *_precision(given)):
+        _add(ours, one)
+    _refuse_override_of_epochs(given)
+    return Translation(tuple(ours.values()), tuple(always))
+
+
+def canonical_of(key: str) -> str | None:
+    """Our key for a foreign one, for suggestions."""
+    alias = BY_KEY.get(key)
+    return alias.canonical if alias is not None else None
+
+
+def _ours(entry: Written) -> list[Written]:
+    alias = BY_KEY.get(entry.key)
+    if alias is None:
+        return [entry]
+    try:
+        value = entry.value if alias.convert is None else alias.convert(entry.value)
+    except ValueError as error:
+        raise _differs(entry, str(error)) from error
+    if isinstance(value, Unset):
+        return []
+    found = [_renamed(entry, alias.canonical, value)]
+    if alias.canonical == "schedule.kind" and entry.value == "constant":
+        # transformers ignores any warm-up with `constant`; `constant_with_warmup` is the one that has it.
+        found.append(_renamed(entry, "schedule.warmup", 0.0))
+    return found
+
+
+def _renamed(entry: Written, canonical: str, value: Any) -> Written:
+    return Written(canonical, value, "alias", f"{entry.where}, as {entry.key}")
+
+
+def _add(ours: dict[str, Written], one: Written) -> None:
+    """Two keys for one thing are fine while they agree."""
+    other = ours.get(one.key)
+    if other is not None and not _same(other.value, one.value):
+        raise RecipeError(
+            "recipe-alias-clash",
+            f"`{one.key}` is set twice: {other.where} and {one.where}",
+            got=f"{other.value!r} and {one.value!r}",
+            hint=f"keep one: {one.key}",
+        )
+    if other is None:
+        ours[one.key] = one
+
+
+def _batch_rows(given: Mapping[str, Written]) -> list[Written]:
+    """rows of a step on one device = rows at once x accumulation steps."""
+    at_once = [given[key] for key in ("per_device_train_batch_size", "micro_batch_size") if key in given]
+    steps = given.get("gradient_accumulation_steps")
+    if not at_once and steps is None:
+        return []
+    if not at_once and steps is not None:
+        raise _differs(steps, "alone it does not say the rows of a step: write batch.rows, their product")
+    factors = [*at_once, *([steps] if steps is not None else [])]
+    for factor in factors:
+        if not isinstance(factor.value, int) or isinstance(factor.value, bool) or factor.value < 1:
+            raise _differs(factor, "only a whole number from 1 on has an equal: write batch.rows")
+    if len(at_once) > 1:
+        raise _differs(at_once[1], "both keys say the rows at once: keep one, or write batch.rows")
+    rows = at_once[0].value * (steps.value if steps is not None else 1)
+    names = " x ".join(factor.key for factor in factors)
+    return [Written("batch.rows", rows, "alias", f"{at_once[0].where}, as {names}")]
+
+
+def _precision(given: Mapping[str, Written]) -> list[Written]:
+    """bf16 and fp16 are two switches of one thing."""
+    on = [given[key] for key in ("bf16", "fp16") if key in given and given[key].value is not False]
+    off = [given[key] for key in ("bf16", "fp16") if key in given and given[key].value is False]
+    if not on and not off:
+        return []
+    if not on:
+        raise _differs(off[0], "the other precisions remain open: write precision: fp32")
+    if len(on) > 1:
+        raise _differs(on[1], "two precisions at once: write precision: bf16 or fp16")
+    if on[0].value is not True and (on[0].key, on[0].value) != ("bf16", "auto"):
+        raise _differs(on[0], "only true and false mean the same: write precision")
+    return [_renamed(on[0], "precision", on[0].key if on[0].value is True else "auto")]
+
+
+def _strategies(given: Mapping[str, Written]) -> frozenset[str]:
+    """`eval_strategy: steps` says nothing more than its `eval_steps`."""
+    wanted = (("save_strategy", "save_steps"), ("eval_strategy", "eval_steps"), ("evaluation_strategy", "eval_steps"))
+    return frozenset(key for key, steps in wanted if key in given and given[key].value == "steps" and steps in given)
+
+
+def _refuse_override_of_epochs(given: Mapping[str, Written]) -> None:
+    steps = given.get("max_steps")
+    if steps is None or not isinstance(steps.value, int) or steps.value <= 0:
+        return
+    for key in ("num_epochs", "num_train_epochs"):
+        if key in given:
+            raise _differs(steps, f"there it overrides {key}; here a run ends at whichever comes first: keep one")
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal, and not merely 1 == True."""
+    return isinstance(a, bool) == isinstance(b, bool) and a == b
+
+
+def _differs(entry: Written, why: str) -> RecipeError:
+    return RecipeError(
+        "recipe-alias-differs",
+        f"{entry.where}: `{entry.key}` has no exact equal here: {why}",
+        got=repr(entry.value),
+        hint="see the tables of docs/recipe.md for the keys of other tools",
+    )
