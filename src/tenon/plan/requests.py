@@ -1,11 +1,11 @@
 """What a worker process is asked, other than to train (there the run folder says it all): one frozen value a kind.
 
-The light side resolves names (runs, adapters, bases) before it asks: a request holds folders and hashes, never names that
-still have to be looked up. Each class docstring lists the events that answer it. This module does not know how requests
-travel (service.worker_process) nor how they are answered (pipeline).
+The light side resolves names (runs, adapters, bases) before it asks: a request holds folders and hashes, never names
+that still have to be looked up. Each class docstring lists the events that answer it. This module does not know how
+requests travel (service.worker_process) nor how they are answered (pipeline).
 
-Every event is one JSON object with its `kind`; besides those listed, `phase` {name, detail}, `progress` {what, done, total},
-`warning` {code, text} and `finished` {} may come with any kind of work, and `error` {code, what, got, hint} ends it.
+Every event is one JSON object with its `kind`; besides those listed, `phase` {name, detail}, `progress` {what, done,
+total}, `warning` {code, text} and `finished` {} may come with any work; `error` {code, what, got, hint} ends it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from tenon.bases.facts import ModelFacts
 from tenon.plan.values import BasePlan, DataPlan, MachineFacts, Plan, Precision
 from tenon.values import Value
 
-# One chat message in the OpenAI form: role, content, and where present tool_calls, tool_call_id, name, reasoning_content.
+# One chat message in the OpenAI form: role, content, and where present tool_calls, tool_call_id, name,
+# reasoning_content.
 Message = dict[str, Any]
 
 
@@ -65,8 +66,8 @@ class InspectRequest(Value):
     """Look at the data of a plan as training would see it, without a model.
 
     Events, per slot: `report` {slot, report: DataReport as JSON}; `row` {slot, source, pieces: [[text, supervised], …],
-    tokens, supervised}, at most `rows` of them, spread over the training rows; `lengths` {slot, edges: [n + 1 token counts],
-    counts: [n]} over all training rows.
+    tokens, supervised}, at most `rows` of them, spread over the training rows; `lengths` {slot, edges: [n + 1 token
+    counts], counts: [n]} over all training rows.
     """
 
     plan: Plan
@@ -120,9 +121,9 @@ class ChatStart(Value):
 class ChatTurn(Value):
     """Answer one conversation. A subject that is not loaded yet is loaded; the base stays as it is.
 
-    Events: `token` {text} as they come (text may be empty while a character is incomplete), then `answer` {text, tokens,
-    finish: stop | length | interrupted, seconds}. While it runs, the emit callback raises StopRequestedError when the user
-    interrupts: the conversation goes on with the next turn.
+    Events: `token` {text} as they come (text may be empty while a character is incomplete), then `answer` {text,
+    tokens, finish: stop | length | interrupted, seconds}. While it runs, the emit callback raises StopRequestedError
+    when the user interrupts: the conversation goes on with the next turn.
     """
 
     kind: Literal["turn"] = "turn"
