@@ -20,7 +20,7 @@ class Settings:
     offline: never ask a hub (TENON_OFFLINE=1 or HF_HUB_OFFLINE=1).
     threads: CPU threads for arithmetic; 0 means all cores this process may use (TENON_THREADS).
     debug: show tracebacks (TENON_DEBUG=1).
-    worker: module that runs as the worker process (TENON_WORKER); `tenon.service.fake_worker` does no arithmetic.
+    worker: module that runs as the worker process (TENON_WORKER); `tenon.worker.fake` does no arithmetic.
     """
 
     home: Path
