@@ -50,5 +50,18 @@ def read_settings(environ: dict[str, str] | None = None) -> Settings:
     )
 
 
+def child_environment(settings: Settings) -> dict[str, str]:
+    """The environment for a process that is to have these settings: this process's own, with them written in."""
+    return {
+        **os.environ,
+        "TENON_HOME": str(settings.home),
+        "TENON_CACHE": str(settings.cache),
+        "TENON_OFFLINE": "1" if settings.offline else "0",
+        "TENON_THREADS": str(settings.threads),
+        "TENON_DEBUG": "1" if settings.debug else "0",
+        "TENON_WORKER": settings.worker,
+    }
+
+
 def _truthy(text: str | None) -> bool:
     return (text or "").strip().lower() in {"1", "true", "yes", "on"}
