@@ -1,0 +1,86 @@
+"""Optimisers over one slot's flat parameters: two groups, the A matrices and the B matrices.
+
+The update rules are torch's own (fused AdamW, SGD) or bitsandbytes' 8-bit AdamW; a slot's whole state is a few flat
+tensors. Shape legend: P parameters of a slot. This module does not know schedules, losses or files.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tenon.adapters.bank import Slot
+from tenon.errors import PlanError
+from tenon.plan.values import OptimizerPlan
+
+
+class SlotOptimizer:
+    """Clips and applies a slot's flat gradient."""
+
+    def __init__(self, slot: Slot, plan: OptimizerPlan) -> None:
+        """Raises ValueError for a slot without gradients, PlanError plan-optimizer-missing without bitsandbytes."""
+        if slot.gradients_P is None:
+            raise ValueError(f"slot {slot.name} is not trained")
+        self._slot, self._plan, self._gradients_P = slot, plan, slot.gradients_P
+        cut = slot.a_parameters
+        halves = [slot.parameters_P[:cut], slot.parameters_P[cut:]]
+        for half, gradient in zip(halves, [self._gradients_P[:cut], self._gradients_P[cut:]], strict=True):
+            half.grad = gradient
+        self._optimizer = _make(plan, [{"params": [half]} for half in halves])
+
+    def clip(self) -> float:
+        """Scale the gradient down to the plan's norm; returns the norm before. NaN and infinity come back as they
+        are.
+        """
+        norm = float(torch.linalg.vector_norm(self._gradients_P))
+        limit = self._plan.clip_norm
+        if 0.0 < limit < norm < float("inf"):
+            self._gradients_P.mul_(limit / (norm + 1e-6))
+        return norm
+
+    def step(self, factor: float) -> None:
+        """One update with the learning rates times `factor`; the gradient is zero afterwards."""
+        a, b = self._optimizer.param_groups
+        a["lr"], b["lr"] = self._plan.lr * factor, self._plan.lr * self._plan.b_ratio * factor
+        self._optimizer.step()
+        self._gradients_P.zero_()
+        self._slot.refresh()
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor of the optimiser's state, by a flat name: `a.exp_avg`, `b.step`, …"""
+        named = {}
+        for name, half in zip("ab", self._halves(), strict=True):
+            for key, value in self._optimizer.state.get(half, {}).items():
+                if isinstance(value, Tensor):
+                    named[f"{name}.{key}"] = value
+        return named
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take up a state that `state` gave."""
+        for name, half in zip("ab", self._halves(), strict=True):
+            own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+            if own:
+                # torch's fused AdamW keeps its step count beside the parameters; other tensors follow them too.
+                self._optimizer.state[half] = {k: v.to(half.device).clone() for k, v in own.items()}
+
+    def _halves(self) -> list[Tensor]:
+        return [group["params"][0] for group in self._optimizer.param_groups]
+
+
+def _make(plan: OptimizerPlan, groups: list[dict[str, list[Tensor]]]) -> torch.optim.Optimizer:
+    if plan.kind == "sgd":
+        return torch.optim.SGD(groups, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay)
+    betas = (plan.beta1, plan.beta2)
+    if plan.kind == "adamw":
+        return torch.optim.AdamW(
+            groups, lr=plan.lr, betas=betas, eps=plan.eps, weight_decay=plan.weight_decay, fused=True
+        )
+    try:
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise PlanError(
+            "plan-optimizer-missing",
+            "optimizer.kind adamw8bit needs the package bitsandbytes, which is not installed",
+            hint="pip install bitsandbytes, or set optimizer.kind: adamw",
+        ) from error
+    return AdamW8bit(groups, lr=plan.lr, betas=betas, eps=plan.eps, weight_decay=plan.weight_decay)

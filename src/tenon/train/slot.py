@@ -1,0 +1,115 @@
+"""One slot in training: its plan, its rows, its optimiser, and where it stands.
+
+This module does not know the decoder or the other slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+
+from tenon.adapters.bank import Slot
+from tenon.data.pack import PackRow
+from tenon.plan.values import SlotPlan
+from tenon.train.optimizers import SlotOptimizer
+from tenon.train.schedule import factor
+from tenon.train.windows import Cursor, WindowFeed, draw_key
+
+
+class TokenisedRow(Protocol):
+    """A row as token ids (int32) with its loss mask (bool) and its `file:line`."""
+
+    @property
+    def ids(self) -> np.ndarray: ...
+    @property
+    def supervised(self) -> np.ndarray: ...
+    @property
+    def source(self) -> str: ...
+
+
+class Rows(Protocol):
+    """Rows by index; they may be tokenised when asked for."""
+
+    def row(self, index: int) -> TokenisedRow:
+        """One row."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best validation so far: its metric, the step, and how many validations came since without improvement."""
+
+    value: float
+    step: int
+    since: int = 0
+
+
+@dataclass(slots=True)
+class SlotTraining:
+    """The mutable state of one slot's training; everything in it but the fixed parts goes into a checkpoint.
+
+    number: the slot in the bank. ended: why it takes no more steps ("" while it does).
+    """
+
+    number: int
+    plan: SlotPlan
+    slot: Slot
+    feed: WindowFeed
+    rows: Rows
+    optimizer: SlotOptimizer
+    cursor: Cursor = field(default_factory=Cursor)
+    best: Best | None = None
+    ended: str = ""
+
+    @property
+    def steps(self) -> int:
+        """All steps of the slot's run, as far as known; 0 when only a time limit ends it."""
+        return self.feed.steps(self.cursor)
+
+    @property
+    def progress(self) -> float:
+        """Share of the slot's run that is done; 1 once it has ended."""
+        return 1.0 if self.ended else self.feed.progress(self.cursor)
+
+    def window(self) -> list[PackRow]:
+        """The rows of the next step; empty when the slot's run is over."""
+        if self.ended:
+            return []
+        packed = []
+        for place, index in enumerate(self.feed.next(self.cursor)):
+            row = self.rows.row(index)
+            draw = draw_key(self.plan.seed, self.cursor.step, place)
+            packed.append(PackRow(self.number, row.ids, row.supervised, index, draw))
+        return packed
+
+    def learning_factor(self) -> float:
+        """The schedule's factor for the step being made.
+
+        With a known number of steps the first step of a warm-up is not wasted on a rate of zero: progress is taken at
+        the step's end.
+        """
+        done = self.feed.progress(self.cursor)
+        steps = self.steps
+        warm = done < self.plan.schedule.warmup
+        return factor(self.plan.schedule, min(1.0, done + 1.0 / steps) if warm and steps else done)
+
+    def advance(self, rows: int, seconds: float) -> None:
+        """Count a finished step, and end the slot's run when a limit is reached."""
+        cursor = self.cursor
+        self.cursor = replace(cursor, step=cursor.step + 1, rows=cursor.rows + rows, seconds=cursor.seconds + seconds)
+        if self.feed.progress(self.cursor) >= 1.0:
+            self.ended = "done"
+
+    def judge(self, value: float, *, higher_is_better: bool) -> bool:
+        """Take note of a validation; true when it is the best so far. Ends the run when patience is at its end."""
+        validation = self.plan.validation
+        sign = 1.0 if higher_is_better else -1.0
+        if self.best is None or sign * (value - self.best.value) > validation.min_delta:
+            self.best = Best(value, self.cursor.step)
+            return True
+        self.best = replace(self.best, since=self.best.since + 1)
+        if validation.patience and self.best.since >= validation.patience:
+            self.ended = "early stop"
+        return False
