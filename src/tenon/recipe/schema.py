@@ -60,6 +60,8 @@ class Source(Section):
 
 Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources), Field(min_length=1)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+LayerText = Annotated[str, Field(pattern=r"^\s*\d+(-\d*)?(\s*,\s*\d+(-\d*)?)*\s*$")]
+LayerNumber = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -127,7 +129,7 @@ class LoraSection(Section):
         description="Adapted matrices: `all`, `attention`, `mlp`, `qv`, module names (`q_proj`), or a regular "
         "expression over full names such as `layers.3.self_attn.q_proj`; or a list of these.",
     )
-    layers: Annotated[str | tuple[int, ...] | None, BeforeValidator(_text_or_tuple)] = Field(
+    layers: Annotated[LayerText | tuple[LayerNumber, ...] | None, BeforeValidator(_text_or_tuple)] = Field(
         default=None,
         description="Layers that are adapted, counted from 0: `8-15`, `8-`, `0-3,12`, or a list of numbers.",
     )

@@ -44,14 +44,7 @@ def translate(entries: Mapping[str, Written]) -> Translation:
                 _add(ours, one)
     for one in (*_batch_rows(given), *_precision(given)):
         _add(ours, one)
-    _refuse_override_of_epochs(given)
     return Translation(tuple(ours.values()), tuple(always))
-
-
-def canonical_of(key: str) -> str | None:
-    """Our key for a foreign one, for suggestions."""
-    alias = BY_KEY.get(key)
-    return alias.canonical if alias is not None else None
 
 
 def _ours(entry: Written) -> list[Written]:
@@ -129,7 +122,8 @@ def _strategies(given: Mapping[str, Written]) -> frozenset[str]:
     return frozenset(key for key, steps in wanted if key in given and given[key].value == "steps" and steps in given)
 
 
-def _refuse_override_of_epochs(given: Mapping[str, Written]) -> None:
+def refuse_overridden_epochs(given: Mapping[str, Written]) -> None:
+    """max_steps beside epochs means something else there. Raises RecipeError: recipe-alias-differs."""
     steps = given.get("max_steps")
     if steps is None or not isinstance(steps.value, int) or steps.value <= 0:
         return
