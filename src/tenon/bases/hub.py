@@ -30,11 +30,19 @@ def fetch_snapshot(repo_id: str, *, offline: bool) -> Path:
     Raises: BaseModelError base-hub-missing (no such base, or no right to read it), base-offline (not in the cache and
     the hub is out of reach), base-hub (anything else the hub answers).
     """
-    import huggingface_hub  # slow to import, and absent from the light install
-    from huggingface_hub.errors import (
-        HFValidationError,
-        HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of whichever client it uses
-    )
+    try:
+        import huggingface_hub  # slow to import, and absent from the light install
+        from huggingface_hub.errors import (
+            HFValidationError,
+            HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of whichever client it uses
+        )
+    except ImportError as error:
+        raise BaseModelError(
+            "base-hub",
+            f"{repo_id} is not a path here, and the package that asks the hub is not installed",
+            got=str(error),
+            hint="pip install 'tenonlm[train]'",
+        ) from error
 
     try:
         folder = huggingface_hub.snapshot_download(repo_id, allow_patterns=list(PATTERNS), local_files_only=offline)

@@ -1,7 +1,7 @@
 """The content hash of a base: what adapters and prepared copies are bound to.
 
 A GGUF base is hashed as the SHA-256 of its file. A folder is hashed over its config, weights and tokenizer files, by
-name and content; the chat template (tokenizer_config.json) and generation settings may change without making another base.
+name and content; chat template (tokenizer_config.json) and generation settings may change, and the base is the same.
 This module reads bytes and understands none.
 """
 
