@@ -153,7 +153,7 @@ def _next_line(stream: Any, position: int) -> int:
 
 
 def _no_rows() -> tuple[np.ndarray, ...]:
-    return tuple(np.zeros(0, dtype=kind) for kind in (np.int64, np.int32, np.int64, np.uint64, np.int32)]
+    return tuple(np.zeros(0, dtype=kind) for kind in (np.int64, np.int32, np.int64, np.uint64, np.int32))
 
 
 def _why_bad(raw: bytes, number: int, error: Exception) -> BadRow:

@@ -1,6 +1,6 @@
-"""The child side of `workers.py`: takes pickled tasks from standard input, answers on standard output, leaves at the end.
+"""The child side of `workers.py`: takes pickled tasks from standard input, answers on standard output.
 
-This module does not know what tasks do; unpickling a task imports what it needs.
+It leaves when standard input ends. This module does not know what tasks do; unpickling a task imports what it needs.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Processes that do the data's work beside the trainer: plain children that talk through their own pipes.
 
 A child lives as long as its standard input is open: when the parent ends, even by SIGKILL, the pipe closes and the
-child leaves by itself. A child that is lost (out of memory, killed) costs nothing but time: its task is done again. This
-module does not know what tasks do.
+child leaves by itself. A child that is lost (out of memory, killed) costs nothing but time: its task is done again.
+This module does not know what tasks do.
 """
 
 from __future__ import annotations
