@@ -21,6 +21,7 @@ class Settings:
     threads: CPU threads for arithmetic; 0 means all cores this process may use (TENON_THREADS).
     debug: show tracebacks (TENON_DEBUG=1).
     worker: module that runs as the worker process (TENON_WORKER); `tenon.worker.fake` does no arithmetic.
+    visible_devices: GPUs that this process may use, as CUDA reads them (CUDA_VISIBLE_DEVICES); None is all of them.
     """
 
     home: Path
@@ -29,6 +30,7 @@ class Settings:
     threads: int
     debug: bool
     worker: str = "tenon.worker"
+    visible_devices: str | None = None
 
     @property
     def registry(self) -> Path:
@@ -47,6 +49,7 @@ def read_settings(environ: dict[str, str] | None = None) -> Settings:
         threads=int(env.get("TENON_THREADS") or 0),
         debug=_truthy(env.get("TENON_DEBUG")),
         worker=env.get("TENON_WORKER") or "tenon.worker",
+        visible_devices=env.get("CUDA_VISIBLE_DEVICES"),
     )
 
 

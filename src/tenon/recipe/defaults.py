@@ -80,7 +80,7 @@ DERIVED: dict[str, str] = {
     "limits.steps": "no such limit",
     "validation.every": "a tenth of the run when there are validation rows",
     "checkpoint.every": "about five minutes of training",
-    "evaluate.metrics": "loss, with accuracy and macro-F1 for labelled rows; loss and exact match for chats",
+    "evaluate.metrics": "chosen by the kind of rows",
     "precision": "fp32 on a CPU; bf16 on a GPU that has it, else fp16",
     "device": "a GPU when there is one that this installation can use",
     "checkpointing": "none when that fits in memory, else full",

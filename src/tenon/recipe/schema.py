@@ -103,7 +103,7 @@ class DataSection(Section):
     system: str | None = Field(default=None, description="System message for chats that have none of their own.")
     prompt: str | None = Field(
         default=None,
-        description="How the text of a labelled row is asked; `{text}` stands for it. For labelled rows only.",
+        description="How a labelled row is asked: `{text}` stands for its text, `{column}` for any column.",
     )
     template: str | None = Field(
         default=None, description="File of a Jinja chat template, used instead of the tokenizer's own."

@@ -1,0 +1,69 @@
+"""A first estimate of time: floating-point operations of a token over what the device is known to sustain. Rough.
+
+Shape legend: N_lin parameters of the frozen linear matrices, N_head of the head, N_lora of the adapter, s tokens of a
+row, H hidden, L layers. Pure: nothing is measured here.
+"""
+
+from __future__ import annotations
+
+from tenon.bases.facts import ModelFacts
+from tenon.plan.values import MachineFacts, Precision
+
+# Sustained FLOP/s in half precision, about four tenths of the data sheet's dense peak. First match decides.
+GPU_RATES: tuple[tuple[str, float], ...] = (
+    ("B200", 900e12),
+    ("H200", 400e12),
+    ("H100", 400e12),
+    ("H800", 400e12),
+    ("A100", 130e12),
+    ("A800", 130e12),
+    ("L40", 130e12),
+    ("RTX 5090", 90e12),
+    ("RTX 4090", 70e12),
+    ("A6000", 60e12),
+    ("RTX 3090", 30e12),
+    ("A10", 50e12),
+    ("L4", 45e12),
+    ("V100", 45e12),
+    ("T4", 22e12),
+)
+UNKNOWN_GPU_RATE = 30e12
+# fp32 on a GPU runs without tensor cores.
+FP32_SLOWDOWN = 8.0
+CPU_CORE_RATE = 40e9
+# bf16 without hardware for it.
+CPU_BF16_SLOWDOWN = 3.0
+# What a step costs beside arithmetic: launches, the optimiser, the data.
+STEP_OVERHEAD_SECONDS = {"cpu": 0.02, "cuda": 0.06}
+
+
+def flops_per_token(
+    facts: ModelFacts,
+    *,
+    lora_parameters: int,
+    row_tokens: float,
+    supervised_share: float,
+    recompute: bool,
+) -> float:
+    """FLOP of one trained token: 4 N_lin + 4 N_head (labelled tokens) + 6 N_lora + attention, forward and backward.
+
+    Attention is causal: 4 (s/2) H L forward, 2.5 times that backward. A recompute adds 2 N_lin and the forward attention.
+    """
+    attention = 2.0 * row_tokens * facts.heads * facts.head_dim * facts.layers
+    flops = 4.0 * facts.linear_parameters + 4.0 * supervised_share * facts.vocab * facts.hidden
+    flops += 6.0 * lora_parameters + 3.5 * attention
+    return flops + (2.0 * facts.linear_parameters + attention if recompute else 0.0)
+
+
+def device_rate(machine: MachineFacts, precision: Precision) -> float:
+    """FLOP/s that the device sustains in this precision."""
+    if machine.device == "cpu":
+        rate = CPU_CORE_RATE * max(1, machine.threads)
+        return rate if precision == "fp32" or machine.bf16 else rate / CPU_BF16_SLOWDOWN
+    rate = next((rate for name, rate in GPU_RATES if name in machine.device_name), UNKNOWN_GPU_RATE)
+    return rate / FP32_SLOWDOWN if precision == "fp32" else rate
+
+
+def step_seconds(machine: MachineFacts, precision: Precision, *, step_tokens: float, token_flops: float) -> float:
+    """Seconds of one optimiser step."""
+    return STEP_OVERHEAD_SECONDS[machine.device] + step_tokens * token_flops / device_rate(machine, precision)
