@@ -97,7 +97,7 @@ def adapter_config(shape: SlotShape, *, base: str, rslora: bool) -> dict[str, An
 
 def _number(value: float) -> float | int:
     """Whole numbers as integers: some readers want them so."""
-    return int(round(value)) if abs(value - round(value)) < 1e-9 else value
+    return round(value) if abs(value - round(value)) < 1e-9 else value
 
 
 def _targets(shape: SlotShape) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def write_state(folder: Path, slots: Sequence[SlotTraining], *, base: str, loss_
 
 def _slot_state(training: SlotTraining) -> dict[str, Any]:
     best = None if training.best is None else asdict(training.best)
-    return {"cursor": asdict(training.cursor), "best": best, "ended": training.ended}
+    return {"cursor": asdict(training.cursor), "best": best, "validated": training.validated, "ended": training.ended}
 
 
 def read_state(folder: Path, slots: Sequence[SlotTraining]) -> float:
@@ -66,7 +66,7 @@ def read_state(folder: Path, slots: Sequence[SlotTraining]) -> float:
         training.optimizer.load_state(load_file(folder / training.plan.name / OPTIMIZER_NAME))
         training.cursor = Cursor(**own["cursor"])
         training.best = Best(**own["best"]) if own["best"] else None
-        training.ended = own["ended"]
+        training.validated, training.ended = own["validated"], own["ended"]
     return float(state["loss_scale"])
 
 

@@ -28,6 +28,18 @@ class SlotOptimizer:
             half.grad = gradient
         self._optimizer = _make(plan, [{"params": [half]} for half in halves])
 
+    def zero(self) -> None:
+        """Forget the gradient."""
+        self._gradients_P.zero_()
+
+    def is_finite(self) -> bool:
+        """Whether no element of the gradient is NaN or infinite."""
+        return bool(torch.isfinite(self._gradients_P).all())
+
+    def unscale(self, scale: float) -> None:
+        """Take a loss scale out of the gradient."""
+        self._gradients_P.mul_(1.0 / scale)
+
     def clip(self) -> float:
         """Scale the gradient down to the plan's norm; returns the norm before. NaN and infinity come back as they
         are.

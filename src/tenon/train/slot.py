@@ -50,7 +50,8 @@ class Best:
 class SlotTraining:
     """The mutable state of one slot's training; everything in it but the fixed parts goes into a checkpoint.
 
-    number: the slot in the bank. ended: why it takes no more steps ("" while it does).
+    number: the slot in the bank. validated: the step of the last validation (0: none). ended: why it takes no more
+    steps ("" while it does).
     """
 
     number: int
@@ -61,6 +62,7 @@ class SlotTraining:
     optimizer: SlotOptimizer
     cursor: Cursor = field(default_factory=Cursor)
     best: Best | None = None
+    validated: int = 0
     ended: str = ""
 
     @property
@@ -102,9 +104,18 @@ class SlotTraining:
         if self.feed.progress(self.cursor) >= 1.0:
             self.ended = "done"
 
+    @property
+    def validation_due(self) -> bool:
+        """Whether the step just done is to be validated: every so many steps, and at the end."""
+        step, every = self.cursor.step, self.plan.validation.every
+        if step == self.validated:
+            return False
+        return bool(self.ended) or (every > 0 and step % every == 0)
+
     def judge(self, value: float, *, higher_is_better: bool) -> bool:
         """Take note of a validation; true when it is the best so far. Ends the run when patience is at its end."""
         validation = self.plan.validation
+        self.validated = self.cursor.step
         sign = 1.0 if higher_is_better else -1.0
         if self.best is None or sign * (value - self.best.value) > validation.min_delta:
             self.best = Best(value, self.cursor.step)

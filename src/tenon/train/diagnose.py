@@ -1,0 +1,52 @@
+"""Why a loss is not finite: each row of the step is run alone to find those at fault.
+
+This module knows the step's arithmetic and nothing of the loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from tenon.adapters.bank import AdapterBank
+from tenon.data.pack import PackOptions, PackRow, pack_rows
+from tenon.errors import TrainError
+from tenon.kernels.linear_cross_entropy import linear_cross_entropy
+from tenon.models.decoder import Decoder
+from tenon.train.slot import SlotTraining
+
+_NAMED_ROWS = 3
+
+
+def not_finite_error(
+    decoder: Decoder, bank: AdapterBank, training: SlotTraining, rows: Sequence[PackRow], loss: float
+) -> TrainError:
+    """The error for a step of one slot whose loss or gradient is not finite, naming adapter, step and rows."""
+    step = training.cursor.step + 1
+    if math.isfinite(loss):
+        what = f"the gradient of adapter {training.plan.name} is not finite at step {step} (the loss is {loss:.4g})"
+    else:
+        bad = [training.rows.row(row.index).source for row in rows if not _row_is_finite(decoder, bank, row)]
+        named = ", ".join(bad[:_NAMED_ROWS]) + (f" and {len(bad) - _NAMED_ROWS} more" if len(bad) > _NAMED_ROWS else "")
+        what = f"the loss of adapter {training.plan.name} is not finite at step {step}; rows: {named or 'none alone'}"
+    return TrainError(
+        "train-not-finite",
+        what,
+        got=str(loss),
+        hint="no weight was changed by this step and the last checkpoint is kept; look at the rows with tenon data, or "
+        "lower optimizer.lr and start again",
+    )
+
+
+@torch.no_grad()
+def _row_is_finite(decoder: Decoder, bank: AdapterBank, row: PackRow) -> bool:
+    for batch in pack_rows([row], PackOptions(len(row.ids)), decoder.device):
+        hidden_TD = decoder.forward(batch, bank)
+        index_L = batch.supervised
+        ones_L = torch.ones(len(index_L), device=decoder.device)
+        loss, _ = linear_cross_entropy(hidden_TD[index_L], decoder.head_VD, batch.labels_T[index_L], ones_L)
+        if not math.isfinite(float(loss)):
+            return False
+    return True

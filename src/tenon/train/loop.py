@@ -1,0 +1,221 @@
+"""The loop: it only sequences. Take each slot's window, make the gradient, apply it, report, validate, save.
+
+Invariants:
+- nothing that a checkpoint holds changes while a gradient is being made, so a stop may come at any instant of that
+time; - every random choice is a function of (seed, slot, step), so the state is cursors, parameters and optimiser
+tensors alone; - a non-finite loss or gradient ends the run before it touches a parameter.
+
+This module does not know recipes, data formats, or how validation is done.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+import torch
+
+from tenon.adapters.bank import AdapterBank
+from tenon.data.pack import PackRow
+from tenon.errors import StopRequestedError
+from tenon.models.decoder import Decoder
+from tenon.runs.checkpoints import CheckpointStore
+from tenon.train.checkpoint import read_slot_weights, read_state, write_state
+from tenon.train.diagnose import not_finite_error
+from tenon.train.interrupt import StopNow, StopSignal
+from tenon.train.slot import SlotTraining
+from tenon.train.step import StepOptions, WindowLoss, accumulate_window, is_finite
+
+_MIN_LOSS_SCALE = 1.0
+
+
+class Emit(Protocol):
+    """Writes one event of the run."""
+
+    def __call__(self, kind: str, **fields: str | float | bool | None) -> object: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What a validation found: all metrics, the one that decides, and its direction."""
+
+    metrics: dict[str, float]
+    value: float
+    higher_is_better: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RunPorts:
+    """What the loop needs of the outside: events, checkpoints, validation of a slot (None: no rows for it), stop.
+
+    base: what adapter files name as their base.
+    """
+
+    emit: Emit
+    checkpoints: CheckpointStore
+    validate: Callable[[SlotTraining], Validation | None]
+    stop: StopSignal
+    base: str
+
+
+class Trainer:
+    """Trains the slots of one run over one decoder."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        bank: AdapterBank,
+        slots: Sequence[SlotTraining],
+        *,
+        options: StepOptions,
+        checkpoint_every: int,
+        ports: RunPorts,
+    ) -> None:
+        """checkpoint_every: steps between checkpoints, 0 for only at the end and at stops."""
+        self._decoder, self._bank, self._slots = decoder, bank, slots
+        self._options, self._every, self._ports = options, checkpoint_every, ports
+        self._saved = -1
+
+    @property
+    def step(self) -> int:
+        """Steps done by the slot that has done most."""
+        return max(t.cursor.step for t in self._slots)
+
+    def resume(self) -> int:
+        """Take up the newest whole checkpoint; returns its step, 0 when there is none."""
+        found = self._ports.checkpoints.newest()
+        if found is None:
+            return 0
+        scale = read_state(found.folder, self._slots)
+        self._options = replace(self._options, loss_scale=scale)
+        self._saved = found.step
+        self._ports.emit("resumed", step=found.step)
+        return found.step
+
+    def run(self) -> None:
+        """Train to the end and leave a final checkpoint.
+
+        Raises StopRequestedError (state saved) when asked to stop, TrainError train-not-finite, RunError run-disk-full.
+        """
+        try:
+            self._validate()
+            while any(not t.ended for t in self._slots):
+                self._train_step()
+                self._validate()
+                if self._every and self.step % self._every == 0:
+                    self._save()
+            self._save()
+        except StopNow:
+            self._save()
+            self._ports.emit("stopped", step=self.step)
+            raise StopRequestedError(
+                "train-stopped", f"the run was asked to stop; step {self.step} is saved", hint="tenon resume RUN"
+            ) from None
+
+    def _train_step(self) -> None:
+        started = time.monotonic()
+        active = [t for t in self._slots if not t.ended]
+        rows = [row for t in active for row in t.window()]
+        losses = self._gradient(active, rows)
+        norms = {t.number: t.optimizer.clip() for t in active}
+        self._require_finite(active, rows, losses, norms)
+        factors = {t.number: t.learning_factor() for t in active}
+        for t in active:
+            t.optimizer.step(factors[t.number])
+        seconds = time.monotonic() - started
+        for t in active:
+            t.advance(losses[t.number].rows, seconds)
+            self._report(t, losses[t.number], norms[t.number], factors[t.number], seconds)
+
+    def _gradient(self, active: Sequence[SlotTraining], rows: Sequence[PackRow]) -> dict[int, WindowLoss]:
+        """The window's gradient, unscaled. In fp16 an overflow halves the scale and the window is made again."""
+        while True:
+            for t in active:
+                t.optimizer.zero()
+            with self._ports.stop.interruptible():
+                losses = accumulate_window(self._decoder, self._bank, rows, self._options)
+            scale = self._options.loss_scale
+            overflow = scale > _MIN_LOSS_SCALE and not all(t.optimizer.is_finite() for t in active)
+            if not overflow:
+                for t in active if scale != 1.0 else ():
+                    t.optimizer.unscale(scale)
+                return losses
+            self._options = replace(self._options, loss_scale=scale / 2)
+            self._ports.emit("warning", code="train-loss-scale", text=f"fp16 overflow: loss scale is now {scale / 2:g}")
+
+    def _require_finite(
+        self,
+        active: Sequence[SlotTraining],
+        rows: Sequence[PackRow],
+        losses: dict[int, WindowLoss],
+        norms: dict[int, float],
+    ) -> None:
+        for t in active:
+            if not is_finite(losses[t.number].loss, norms[t.number]):
+                mine = [row for row in rows if row.slot == t.number]
+                raise not_finite_error(self._decoder, self._bank, t, mine, losses[t.number].loss)
+
+    def _report(self, t: SlotTraining, loss: WindowLoss, norm: float, factor: float, seconds: float) -> None:
+        left = t.cursor.seconds * (1 - t.progress) / t.progress if t.progress > 0 else 0.0
+        self._ports.emit(
+            "step",
+            slot=t.plan.name,
+            step=t.cursor.step,
+            steps=t.steps,
+            loss=loss.loss,
+            lr=t.plan.optimizer.lr * factor,
+            tokens=loss.tokens,
+            supervised_tokens=loss.supervised_tokens,
+            rows=loss.rows,
+            tokens_per_second=loss.tokens / max(seconds, 1e-9),
+            grad_norm=norm,
+            memory_bytes=_memory_bytes(self._decoder.device),
+            progress=t.progress,
+            seconds=seconds,
+            seconds_left=left,
+        )
+
+    def _validate(self) -> None:
+        for t in self._slots:
+            if not t.validation_due:
+                continue
+            with self._ports.stop.interruptible():
+                found = self._ports.validate(t)
+            if found is None:
+                t.validated = t.cursor.step
+                continue
+            is_best = t.judge(found.value, higher_is_better=found.higher_is_better)
+            self._ports.emit("validation", slot=t.plan.name, step=t.cursor.step, best=is_best, **found.metrics)
+            if is_best:
+                self._save()
+                self._ports.checkpoints.mark_best(self.step, t.plan.name)
+
+    def _save(self) -> None:
+        """Write the state of all slots, unless this very step is saved already and nothing came after it."""
+
+        def write(folder: Path) -> None:
+            write_state(folder, self._slots, base=self._ports.base, loss_scale=self._options.loss_scale)
+
+        self._ports.checkpoints.write(self.step, write)
+        if self._saved != self.step:
+            self._ports.emit("checkpoint", step=self.step)
+        self._saved = self.step
+
+    def take_best(self, t: SlotTraining) -> int:
+        """Give a slot the weights of its best validation, when early stopping asked for it; returns their step."""
+        best = self._ports.checkpoints.best(t.plan.name) if t.plan.validation.patience else None
+        if best is None:
+            return t.cursor.step
+        read_slot_weights(best.folder, t)
+        return best.step
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Peak memory of the GPU's allocator, or what the process holds on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
