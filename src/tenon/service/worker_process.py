@@ -178,7 +178,7 @@ def revive_error(event: Event) -> TenonError:
     """The error that an `error` event tells, of the class that its code belongs to."""
     code = str(event["code"])
     kind = _KINDS_OF_ERROR.get(code.partition("-")[0], TenonError)
-    if code in ("run-stopped", "usage-answer-stopped"):
+    if code.endswith("-stopped"):
         kind = StopRequestedError
     return kind(code, str(event["what"]), got=str(event.get("got", "")), hint=str(event["hint"]))
 

@@ -2,7 +2,7 @@
 
 `TENON_WORKER=tenon.worker.fake` puts it in the place of the real one. It keeps to the same protocol, run folder and
 events. What it does follows from the name of the run's first slot: one that begins with `fails` ends with a TrainError,
-`crashes` with an exception that nobody expects, `slow` takes its time for every step. Its answers echo the last message.
+`crashes` with an exception that nobody expects, `slow` takes its time. Its answers echo the last message.
 """
 
 from __future__ import annotations

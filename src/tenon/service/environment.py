@@ -1,0 +1,65 @@
+"""Whether this installation can do heavy work: looked up in package metadata, so that nothing heavy is imported.
+
+This module does not know what the packages do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from importlib import metadata
+
+from tenon.errors import PlanError, UsageError
+
+# What heavy work cannot do without; the train extra of pyproject.toml names the same versions (a test compares).
+OLDEST: dict[str, str] = {"torch": "2.11", "transformers": "5.17"}
+NEEDED = (
+    "gguf",
+    "jinja2",
+    "numpy",
+    "orjson",
+    "psutil",
+    "pyarrow",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
+
+
+def require_training(version_of: Callable[[str], str] = metadata.version) -> None:
+    """Raise unless the packages for heavy work are installed and new enough.
+
+    version_of: gives the version of an installed package, or raises PackageNotFoundError. Raises UsageError
+    usage-extra-missing; PlanError plan-torch-version, plan-transformers-version.
+    """
+    found = {name: _version(name, version_of) for name in NEEDED}
+    missing = [name for name, version in found.items() if version is None]
+    if missing:
+        raise UsageError(
+            "usage-extra-missing",
+            "this installation can plan but not compute: packages are missing",
+            got=f"no {', '.join(missing)}",
+            hint="pip install 'tenonlm[train]'",
+        )
+    for name, oldest in OLDEST.items():
+        version = found[name]
+        if version is not None and _numbers(version) < _numbers(oldest):
+            raise PlanError(
+                f"plan-{name}-version",
+                f"{name} is too old: tenon needs {oldest} or newer",
+                got=f"{name} {version}",
+                hint=f"pip install --upgrade '{name}>={oldest}'",
+            )
+
+
+def _version(name: str, version_of: Callable[[str], str]) -> str | None:
+    try:
+        return version_of(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """`2.13.0+cpu` -> (2, 13, 0): enough to compare releases."""
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
