@@ -61,7 +61,7 @@ def find_run(spec: str, root: Path) -> RunFolder:
             got=", ".join(matching[:4]),
             hint="type more of the name, or `latest`",
         )
-    if Path(spec).is_dir():
+    if spec and Path(spec).is_dir():
         return RunFolder.open(Path(spec))
     near = difflib.get_close_matches(spec, names, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
