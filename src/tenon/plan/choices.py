@@ -28,14 +28,16 @@ class Choices:
         if given is not None:
             return self.said(key, given)
         default = DEFAULTS[key]
-        self.made.append(Choice(key=key, value=show(default.value), origin="default", reason=default.reason))
+        self.made.append(
+            Choice(key=key, value=default.shown or show(default.value), origin="default", reason=default.reason)
+        )
         return default.value
 
-    def derived(self, key: str, given: T | None, value: T, reason: str) -> T:
-        """The recipe's value, else one that follows from base, machine or data."""
+    def derived(self, key: str, given: T | None, value: T, reason: str, *, shown: str = "") -> T:
+        """The recipe's value, else one that follows from base, machine or data. shown: instead of the value."""
         if given is not None:
             return self.said(key, given)
-        self.made.append(Choice(key=key, value=show(value), origin="derived", reason=reason))
+        self.made.append(Choice(key=key, value=shown or show(value), origin="derived", reason=reason))
         return value
 
     def said(self, key: str, given: T, reason: str = "") -> T:

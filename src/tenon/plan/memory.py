@@ -54,8 +54,8 @@ def checkpoint_bytes(facts: ModelFacts, lora: LoraPlan, optimizer: OptimizerPlan
 def activation_bytes_per_token(facts: ModelFacts, sites_rank: int, precision: Precision, recompute: bool) -> int:
     """What one token leaves behind for the backward pass.
 
-    A layer keeps both norms' inputs and outputs (4 D), q and the attention output (2 H E), k and v (2 K E), gate, up and
-    their product (3 F), and A x of each adapted matrix. With recompute: each layer's input, and one layer in full.
+    A layer keeps both norms' inputs and outputs (4 D), q and the attention output (2 H E), k and v (2 K E), gate, up
+    and their product (3 F), and A x of each adapted matrix. With recompute: each layer's input, and one layer in full.
     """
     layer = 4 * facts.hidden + 2 * facts.heads * facts.head_dim + 2 * facts.kv_heads * facts.head_dim
     layer += 3 * facts.feed_forward

@@ -27,7 +27,7 @@ def resolve_sites(
 ) -> tuple[str, ...]:
     """The names of all adapted matrices, in forward order.
 
-    targets: group names, module names, or regular expressions over full names; layers: `8-15`, numbers, or None for all.
+    targets: group names, module names, or regular expressions over full names. layers: `8-15`, numbers, None for all.
     Raises PlanError: plan-target-unmatched, plan-target-pattern, plan-layer.
     """
     chosen_layers = _layers(facts, layers)

@@ -47,7 +47,7 @@ def flops_per_token(
 ) -> float:
     """FLOP of one trained token: 4 N_lin + 4 N_head (labelled tokens) + 6 N_lora + attention, forward and backward.
 
-    Attention is causal: 4 (s/2) H L forward, 2.5 times that backward. A recompute adds 2 N_lin and the forward attention.
+    Attention is causal: 4 (s/2) H L forward, 2.5 times that backward. A recompute adds 2 N_lin and the attention again.
     """
     attention = 2.0 * row_tokens * facts.heads * facts.head_dim * facts.layers
     flops = 4.0 * facts.linear_parameters + 4.0 * supervised_share * facts.vocab * facts.hidden

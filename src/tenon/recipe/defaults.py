@@ -11,10 +11,11 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Default:
-    """A value and why it is the default."""
+    """A value and why it is the default. shown: how it is printed, where the value does not say it."""
 
     value: Any
     reason: str
+    shown: str = ""
 
 
 DEFAULTS: dict[str, Default] = {
@@ -32,7 +33,7 @@ DEFAULTS: dict[str, Default] = {
     "lora.targets": Default(
         "all", "LoRA on every linear layer learns like full fine-tuning; attention alone falls behind"
     ),
-    "lora.layers": Default(None, "every layer"),
+    "lora.layers": Default(None, "every layer", "all"),
     "lora.rslora": Default(False, "alpha/rank is the usual scale"),
     "lora.init": Default("kaiming", "A uniform, B zero: the adapter starts as no change"),
     "lora.start_from": Default(None, "a fresh adapter"),
@@ -58,7 +59,7 @@ DEFAULTS: dict[str, Default] = {
     "validation.rows": Default(500, "a validation stays short beside the training between two of them"),
     "checkpoint.keep": Default(2, "the one before the newest, in case the newest is damaged"),
     "evaluate.data": Default(None, "the validation rows"),
-    "evaluate.rows": Default(0, "all of them"),
+    "evaluate.rows": Default(0, "no limit", "all"),
     "evaluate.max_new_tokens": Default(256, "longer answers are cut"),
     "register": Default(True, "registered under the adapter's name"),
     "seed": Default(0, "the same recipe gives the same adapter"),

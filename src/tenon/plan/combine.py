@@ -1,0 +1,112 @@
+"""Several plans over one base become one run with several slots; what they cannot share is refused.
+
+Pure arithmetic. This module does not know recipes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from tenon.errors import PlanError
+from tenon.plan.fit import check_disk, usable_bytes
+from tenon.plan.memory import Shape, memory_terms
+from tenon.plan.values import CheckpointPlan, Choice, Estimate, Plan
+from tenon.units import format_bytes
+
+
+def combine(plans: Sequence[Plan]) -> Plan:
+    """One plan with the slots of all, in order.
+
+    Raises PlanError: plan-combine (another base, device or precision, or the same name twice), plan-memory, plan-disk.
+    """
+    first = plans[0]
+    if len(plans) == 1:
+        return first
+    for other in plans[1:]:
+        _check_shared(first, other)
+    slots = tuple(slot for plan in plans for slot in plan.slots)
+    repeated = [name for name, count in Counter(slot.name for slot in slots).items() if count > 1]
+    if repeated:
+        raise PlanError(
+            "plan-combine",
+            f"two recipes are named {repeated[0]}: adapters of one run need names of their own",
+            hint="set name in one of the recipes",
+        )
+    longest = max(slot.data.max_tokens for slot in slots)
+    micro_tokens = max(longest, min(plan.micro_tokens for plan in plans))
+    recompute = any(plan.recompute for plan in plans)
+    checkpoint = CheckpointPlan(
+        every=min((plan.checkpoint.every for plan in plans if plan.checkpoint.every), default=0),
+        keep=max(plan.checkpoint.keep for plan in plans),
+    )
+    combined = first.model_copy(
+        update={
+            "recompute": recompute,
+            "micro_tokens": micro_tokens,
+            "share_prefix": all(plan.share_prefix for plan in plans),
+            "slots": slots,
+            "checkpoint": checkpoint,
+            "run_folder": str(Path(first.run_folder).parent / "+".join(slot.name for slot in slots)[:120]),
+            "trackers": tuple(dict.fromkeys(name for plan in plans for name in plan.trackers)),
+            "estimate": _estimate(plans, micro_tokens=micro_tokens, recompute=recompute),
+            "choices": tuple(_own(choice, plan) for plan in plans for choice in plan.choices),
+            "rejected": tuple(dict.fromkeys(rejection for plan in plans for rejection in plan.rejected)),
+        }
+    )
+    _check_fits(combined)
+    return combined
+
+
+def _check_shared(first: Plan, other: Plan) -> None:
+    names = f"{first.slots[0].name} and {other.slots[0].name}"
+    for what, a, b in (
+        ("base", first.base.base_hash, other.base.base_hash),
+        ("device", first.machine.device, other.machine.device),
+        ("precision", first.precision, other.precision),
+    ):
+        if a != b:
+            raise PlanError(
+                "plan-combine",
+                f"{names} cannot train together: their {what} differs",
+                got=f"{a} and {b}",
+                hint=f"give both the same {what}, or train them one after the other",
+            )
+
+
+def _check_fits(plan: Plan) -> None:
+    usable = usable_bytes(plan.machine)
+    if plan.estimate.memory_bytes > usable:
+        raise PlanError(
+            "plan-memory",
+            f"{len(plan.slots)} adapters together need about {format_bytes(plan.estimate.memory_bytes)} and "
+            f"{format_bytes(usable)} may be used",
+            hint="train fewer of them at once",
+        )
+    need_bytes = (plan.checkpoint.keep + 2) * plan.estimate.checkpoint_bytes
+    check_disk(plan.machine, need_bytes, keep=plan.checkpoint.keep, folder=plan.run_folder)
+
+
+def _estimate(plans: Sequence[Plan], *, micro_tokens: int, recompute: bool) -> Estimate:
+    """The base counts once, adapters add up, and every slot's tokens go through the base."""
+    first, estimates = plans[0], [plan.estimate for plan in plans]
+    slots = [(slot.lora, slot.optimizer) for plan in plans for slot in plan.slots]
+    shape = Shape(first.machine.device, first.precision, micro_tokens, recompute)
+    trainable = sum(estimate.trainable_parameters for estimate in estimates)
+    return Estimate(
+        trainable_parameters=trainable,
+        trainable_share=trainable / first.base.facts.parameters,
+        train_rows=sum(estimate.train_rows for estimate in estimates),
+        train_tokens=sum(estimate.train_tokens for estimate in estimates),
+        steps=max(estimate.steps for estimate in estimates),
+        exact_steps=all(estimate.exact_steps for estimate in estimates),
+        memory_bytes=sum(term.size_bytes for term in memory_terms(first.base.facts, slots, shape)),
+        seconds=sum(estimate.seconds for estimate in estimates),
+        checkpoint_bytes=sum(estimate.checkpoint_bytes for estimate in estimates),
+    )
+
+
+def _own(choice: Choice, plan: Plan) -> Choice:
+    """The choice under its slot's name: `router:lora.rank`."""
+    return choice.model_copy(update={"key": f"{plan.slots[0].name}:{choice.key}"})

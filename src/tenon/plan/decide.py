@@ -1,0 +1,288 @@
+"""Recipe + base + machine + data size -> Plan: every choice with its reason, or why it cannot run here.
+
+Pure arithmetic: the same arguments give the same plan. This module knows no tensors and reads no files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tenon.bases.facts import ModelFacts
+from tenon.errors import PlanError
+from tenon.plan.choices import Choices
+from tenon.plan.fit import Fit, Load, check_disk, find_fit
+from tenon.plan.memory import adapter_parameters, checkpoint_bytes
+from tenon.plan.size import DataSize, count_steps, rows_per_step
+from tenon.plan.slots import (
+    decide_batch,
+    decide_data,
+    decide_evaluation,
+    decide_limits,
+    decide_lora,
+    decide_optimizer,
+    decide_schedule,
+    decide_validation,
+    heldout_rows,
+    register_name,
+    slot_name,
+    train_rows,
+)
+from tenon.plan.time import flops_per_token, step_seconds
+from tenon.plan.values import (
+    BasePlan,
+    BatchPlan,
+    CheckpointPlan,
+    DataPlan,
+    Estimate,
+    LimitsPlan,
+    LoraPlan,
+    MachineFacts,
+    OptimizerPlan,
+    Plan,
+    Precision,
+    SlotPlan,
+)
+from tenon.recipe.load import Loaded
+from tenon.units import format_bytes, format_share
+
+CHECKPOINT_SECONDS = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What is learned, from what, in which portions."""
+
+    lora: LoraPlan
+    optimizer: OptimizerPlan
+    data: DataPlan
+    batch: BatchPlan
+    limits: LimitsPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the parts amount to on this machine. exact: steps is no estimate."""
+
+    fit: Fit
+    rows: int
+    validation_rows: int
+    step_tokens: float
+    step_seconds: float
+    steps: int
+    exact: bool
+
+
+def decide(loaded: Loaded, *, base: BasePlan, machine: MachineFacts, data_size: DataSize) -> Plan:
+    """Answer everything that the recipe leaves open.
+
+    machine: with its GPU where it has one, whatever the recipe asks for. Raises PlanError plan-….
+    """
+    choices, recipe = Choices(loaded), loaded.recipe
+    choices.said("base", recipe.base)
+    name = slot_name(loaded, choices)
+    seed = choices.default("seed", recipe.seed)
+    machine = _device(loaded, choices, machine)
+    precision = _precision(loaded, choices, machine)
+    parts = Parts(
+        lora=decide_lora(loaded, choices, base.facts),
+        optimizer=decide_optimizer(loaded, choices, base.facts, machine),
+        data=decide_data(loaded, choices, base.facts, machine=machine, size=data_size, seed=seed),
+        batch=decide_batch(loaded, choices),
+        limits=decide_limits(loaded, choices),
+    )
+    work = _work(loaded, parts, base.facts, machine=machine, precision=precision, size=data_size)
+    _explain_fit(loaded, choices, work.fit)
+    slot = _slot(loaded, choices, parts, work, name=name, seed=seed)
+    checkpoint = _checkpoint(loaded, choices, work)
+    run_folder = _run_folder(loaded, choices, name)
+    estimate = _estimate(choices, base.facts, slot, work)
+    check_disk(machine, (checkpoint.keep + 2) * estimate.checkpoint_bytes, keep=checkpoint.keep, folder=run_folder)
+    return Plan(
+        base=base,
+        machine=machine,
+        precision=precision,
+        recompute=work.fit.recompute,
+        micro_tokens=work.fit.micro_tokens,
+        share_prefix=_share_prefix(choices, parts.lora.dropout),
+        slots=(slot,),
+        checkpoint=checkpoint,
+        run_folder=run_folder,
+        trackers=choices.default("trackers", recipe.trackers),
+        estimate=estimate,
+        choices=tuple(choices.made),
+        rejected=tuple(choices.rejected),
+    )
+
+
+def _work(
+    loaded: Loaded, parts: Parts, facts: ModelFacts, *, machine: MachineFacts, precision: Precision, size: DataSize
+) -> Work:
+    data, batch = parts.data, parts.batch
+    rows = train_rows(data, size)
+    row_tokens = min(size.mean_tokens, data.max_tokens)
+    step_tokens = rows_per_step(batch, row_tokens) * row_tokens
+    fit = find_fit(
+        Load(
+            facts=facts,
+            slots=((parts.lora, parts.optimizer),),
+            machine=machine,
+            precision=precision,
+            longest_tokens=min(size.longest_tokens or data.max_tokens, data.max_tokens),
+            step_tokens=step_tokens,
+            micro_tokens=loaded.recipe.batch.micro_tokens,
+            recompute={"full": True, "none": False}.get(loaded.recipe.checkpointing or "auto"),
+        )
+    )
+    token_flops = flops_per_token(
+        facts,
+        lora_parameters=adapter_parameters(facts, parts.lora),
+        row_tokens=row_tokens,
+        supervised_share=size.supervised_share,
+        recompute=fit.recompute,
+    )
+    seconds = step_seconds(machine, precision, step_tokens=step_tokens, token_flops=token_flops)
+    return Work(
+        fit=fit,
+        rows=rows,
+        validation_rows=size.validation_rows if data.validation else heldout_rows(data, size),
+        step_tokens=step_tokens,
+        step_seconds=seconds,
+        steps=count_steps(rows, row_tokens, batch, parts.limits, seconds),
+        exact=size.exact and bool(batch.rows) and not parts.limits.minutes,
+    )
+
+
+def _slot(loaded: Loaded, choices: Choices, parts: Parts, work: Work, *, name: str, seed: int) -> SlotPlan:
+    validation = decide_validation(loaded, choices, rows=work.validation_rows, steps=work.steps)
+    return SlotPlan(
+        name=name,
+        recipe_hash=loaded.recipe.content_hash,
+        seed=seed,
+        lora=parts.lora,
+        optimizer=parts.optimizer,
+        schedule=decide_schedule(loaded, choices, steps=work.steps, exact=work.exact),
+        data=parts.data,
+        batch=parts.batch,
+        limits=parts.limits,
+        validation=validation,
+        evaluation=decide_evaluation(
+            loaded, choices, validation_rows=work.validation_rows, max_new_tokens=validation.max_new_tokens
+        ),
+        register_as=register_name(loaded, choices, name),
+    )
+
+
+def _estimate(choices: Choices, facts: ModelFacts, slot: SlotPlan, work: Work) -> Estimate:
+    trainable = adapter_parameters(facts, slot.lora)
+    share = trainable / facts.parameters
+    coverage = f"{trainable:,} trainable parameters, {format_share(share)} of the base"
+    choices.derived("lora.sites", None, f"{len(slot.lora.sites)} matrices", coverage)
+    return Estimate(
+        trainable_parameters=trainable,
+        trainable_share=share,
+        train_rows=work.rows,
+        train_tokens=round(work.steps * work.step_tokens),
+        steps=work.steps,
+        exact_steps=work.exact,
+        memory_bytes=work.fit.total_bytes,
+        seconds=work.steps * work.step_seconds + _validation_seconds(slot, work),
+        checkpoint_bytes=checkpoint_bytes(facts, slot.lora, slot.optimizer),
+    )
+
+
+def _device(loaded: Loaded, choices: Choices, machine: MachineFacts) -> MachineFacts:
+    """The machine as this run uses it."""
+    asked = loaded.recipe.device if loaded.recipe.device != "auto" else None
+    if asked == "cuda" and machine.device != "cuda":
+        raise PlanError(
+            "plan-no-gpu",
+            "device is cuda, and this machine (or this installation of torch) has no GPU that can be used",
+            got=machine.device_name,
+            hint="set device: cpu, or install a torch with CUDA",
+        )
+    reason = f"{machine.device_name}, {format_bytes(machine.device_memory_bytes)} may be used"
+    if choices.derived("device", asked, machine.device, reason) == machine.device:
+        return machine
+    choices.reject(machine.device_name, "the recipe says device: cpu")
+    return machine.model_copy(
+        update={
+            "device": "cpu",
+            "device_name": "CPU",
+            "device_count": 1,
+            "device_memory_bytes": machine.host_memory_bytes,
+            "bf16": False,
+        }
+    )
+
+
+def _precision(loaded: Loaded, choices: Choices, machine: MachineFacts) -> Precision:
+    asked = loaded.recipe.precision
+    precision: Precision = "fp32" if machine.device == "cpu" else "bf16" if machine.bf16 else "fp16"
+    if asked is None or asked == "auto":
+        reasons = {
+            "fp32": "exact, and the fastest on this CPU",
+            "bf16": "half the memory, and the range of fp32",
+            "fp16": "half the memory; this GPU has no bf16",
+        }
+        return choices.derived("precision", None, precision, reasons[precision])
+    problem = ""
+    if asked == "fp16" and machine.device == "cpu":
+        problem = "fp16 is not computed on a CPU"
+    elif asked == "bf16" and machine.device == "cuda" and not machine.bf16:
+        problem = f"{machine.device_name} has no bf16"
+    if problem:
+        raise PlanError(
+            "plan-precision", f"precision {asked}: {problem}", got=asked, hint=f"set precision: {precision}, or auto"
+        )
+    slow = asked == "bf16" and machine.device == "cpu" and not machine.bf16
+    return choices.said("precision", asked, "about three times slower here than fp32" if slow else "")
+
+
+def _explain_fit(loaded: Loaded, choices: Choices, fit: Fit) -> None:
+    recipe = loaded.recipe
+    choices.derived(
+        "batch.micro_tokens",
+        recipe.batch.micro_tokens,
+        fit.micro_tokens,
+        f"about {format_bytes(fit.total_bytes)} in all",
+    )
+    asked = recipe.checkpointing if recipe.checkpointing != "auto" else None
+    reason = "it does not fit otherwise" if fit.recompute else "it fits without, and computes nothing twice"
+    choices.derived("checkpointing", asked, "full" if fit.recompute else "none", reason)
+    for tokens, recompute, size_bytes in fit.too_large:
+        how = "with recompute" if recompute else "without recompute"
+        choices.reject(f"{tokens} tokens at once {how}", f"needs about {format_bytes(size_bytes)}")
+
+
+def _share_prefix(choices: Choices, dropout: float) -> bool:
+    """Rows that begin alike are computed once up to where they differ; with dropout each row has its own mask."""
+    if dropout:
+        choices.reject("computing shared prompts once", "lora.dropout gives each row its own mask")
+    return dropout == 0.0
+
+
+def _checkpoint(loaded: Loaded, choices: Choices, work: Work) -> CheckpointPlan:
+    asked = loaded.recipe.checkpoint
+    every = max(1, min(work.steps, round(CHECKPOINT_SECONDS / work.step_seconds)))
+    return CheckpointPlan(
+        every=choices.derived("checkpoint.every", asked.every, every, "about five minutes of training"),
+        keep=choices.default("checkpoint.keep", asked.keep),
+    )
+
+
+def _run_folder(loaded: Loaded, choices: Choices, name: str) -> str:
+    asked = loaded.recipe.run
+    if asked is not None:
+        return choices.said("run", loaded.resolve(asked))
+    return choices.derived("run", None, str(Path(loaded.working_folder) / "runs" / name), "runs/NAME where you are")
+
+
+def _validation_seconds(slot: SlotPlan, work: Work) -> float:
+    """Validations cost forward passes: about a third of training on as many tokens."""
+    if not work.validation_rows:
+        return 0.0
+    times = max(1, work.steps // slot.validation.every) if slot.validation.every else 1
+    measured = min(work.validation_rows, slot.validation.rows or work.validation_rows)
+    steps_each = measured / (work.rows * slot.limits.epochs / work.steps) if slot.limits.epochs else 1.0
+    return times * steps_each * work.step_seconds / 3
