@@ -123,7 +123,7 @@ def open_shard(path: Path) -> Shard:
     magic, rows, tokens, faults_bytes, crc = (int(each) for each in raw[: 4 * HEADER].view("<i4"))
     end = 4 * (HEADER + 3 * rows + 1 + tokens)
     body = raw[4 * HEADER :]
-    if magic != MAGIC or len(raw) != end + faults_bytes or zlib.crc32(body) != crc & 0xFFFFFFFF:
+    if magic != MAGIC or len(raw) != end + faults_bytes or zlib.crc32(body.data) != crc & 0xFFFFFFFF:
         raise ShardDamagedError(f"{path} is damaged")
     numbers = raw[4 * HEADER : end].view("<i4")
     faults = {int(index): Fault(*fault) for index, fault in orjson.loads(raw[end:].tobytes()).items()}

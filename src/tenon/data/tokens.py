@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,8 @@ from tenon.errors import DataError
 from tenon.values import canonical_json, hash_text
 
 TOKENS_VERSION = 1
+# What "today" is to templates that write the date: always the same, or a run resumed tomorrow would see other tokens.
+TRAINING_DATE = datetime(2026, 1, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +48,8 @@ class Rendering:
 
     def renderer(self) -> Renderer:
         """Load the tokenizer and prepare the template."""
-        return Renderer(
-            load_tokenizer(self.base_folder), template=self.template, supervise=self.supervise, system=self.system
-        )
+        tokenizer = load_tokenizer(self.base_folder)
+        return Renderer(tokenizer, self.template, self.supervise, self.system, now=TRAINING_DATE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,16 @@ class TokenFile:
         starts = np.arange(0, len(self), SHARD_ROWS)
         wanted = np.logical_or.reduceat(self.selected, starts) if len(self) else np.zeros(0, dtype=bool)
         return [ShardTask(self.spec, int(n)) for n in np.flatnonzero(wanted) if int(n) not in self._ready]
+
+    def verify(self) -> None:
+        """Open every shard that is there, so that damaged ones are made again."""
+        for number in sorted(self._ready):
+            self.shard(number)
+
+    def lend(self, memo: dict[Any, Any]) -> None:
+        """Let tasks that run in this process use what is loaded already."""
+        memo[self.spec.rendering] = self._renderer
+        memo[self.spec.folder] = self.reader
 
     def mark_ready(self, number: int) -> None:
         """Shard `number` was written."""

@@ -80,7 +80,8 @@ class WorkerProcess:
 class WorkerPool(Generic[Result]):
     """Does a list of tasks in `workers` processes, in order of the list, each result handed over as it comes.
 
-    on_result is called with (index of the task, its result) from the pool's threads, one at a time.
+    on_result is called with (index of the task, its result) from the pool's threads, one at a time; what it raises
+    (TenonError, OSError) stops the pool. With no workers, all is done in `join`.
     """
 
     def __init__(
@@ -117,11 +118,14 @@ class WorkerPool(Generic[Result]):
         for thread in self._threads:
             thread.start()
 
-    def join(self) -> None:
-        """Wait until all is done; what lost workers left is done here. Raises the first error of a task."""
+    def join(self, memo: dict[Any, Any] | None = None) -> None:
+        """Wait until all is done; what lost workers left is done here. Raises the first error of a task.
+
+        memo: handed to tasks that are done here.
+        """
         for thread in self._threads:
             thread.join()
-        memo: dict[Any, Any] = {}
+        memo = {} if memo is None else memo
         while self._error is None and not self._stopping and self._waiting:
             index = self._waiting.pop()
             self._on_result(index, self._tasks[index].run(memo))
