@@ -187,7 +187,8 @@ def _restore_order(
     for group in members:
         width = int(new[group].max())
         for m, i in enumerate(group):
-            restore_T[starts[i] : starts[i] + new[i]] = at + m * width + np.arange(new[i])
+            first, count = int(starts[i]), int(new[i])
+            restore_T[first : first + count] = at + m * width + np.arange(count)
         at += width * len(group)
     if at == len(restore_T) and np.array_equal(restore_T, np.arange(at)):
         return None

@@ -1,0 +1,81 @@
+"""What generation is asked and what it answers: tokens in, tokens out.
+
+This module knows no text, no tensors, and not how requests share a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from tenon.batch import NO_SLOT
+from tenon.errors import UsageError
+
+FinishReason = Literal["stop", "length", "context", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sequence to continue.
+
+    slot: the adapter's slot, or NO_SLOT for the bare base. stop_ids: tokens that end the answer (not part of it).
+    temperature 0 is greedy: the likeliest token, of equal ones the lowest id; the other limits then do nothing.
+    top_k: only the k likeliest (0 = all). top_p: only the likeliest that together reach this probability. min_p: only
+    those with at least this share of the likeliest one's probability. All three apply after the temperature.
+    seed: with the token's position it decides every draw; the company in the batch does not.
+    draft_ids: a guess of the answer (the expected one, in evaluation). It changes nothing in the answer, is checked
+    in one pass together with the prompt, and its log probabilities are reported.
+    """
+
+    prompt_ids: Sequence[int]
+    slot: int = NO_SLOT
+    max_new_tokens: int = 256
+    stop_ids: frozenset[int] = frozenset()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    draft_ids: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        """Raises UsageError usage-empty-prompt, usage-sampling."""
+        if not self.prompt_ids:
+            raise UsageError("usage-empty-prompt", "the prompt has no token", hint="give at least one character")
+        checks = (
+            ("temperature", self.temperature, self.temperature >= 0.0, "0 (greedy) or more"),
+            ("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0, at most 1"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 (all tokens) or more"),
+            ("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "from 0 to 1"),
+            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+        )
+        for name, value, good, range_text in checks:
+            if not good:
+                raise UsageError(
+                    "usage-sampling", f"{name} is out of range", got=str(value), hint=f"{name} is {range_text}"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The answer to one request.
+
+    ids: without the stop token. logprobs: of each id, in nats, under the model itself (temperature 1, no limits).
+    finish: stop (a stop token came), length (max_new_tokens reached), context (no room left in the base's context, or
+    in the prompt's case none from the start), cancelled (the caller asked).
+    draft_logprobs: of each draft token given the ones before it; shorter than the draft where the context ended.
+    """
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish: FinishReason
+    draft_logprobs: tuple[float, ...] = ()
+
+
+class OnToken(Protocol):
+    """Called for each token of an answer, as soon as it is known; not for the stop token."""
+
+    def __call__(self, index: int, token_id: int, logprob: float) -> bool | None:
+        """index: of the request in the list. Return False to cancel this request."""
+        ...
