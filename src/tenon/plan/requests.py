@@ -66,8 +66,7 @@ class InspectRequest(Value):
     """Look at the data of a plan as training would see it, without a model.
 
     Events, per slot: `report` {slot, report: DataReport as JSON}; `row` {slot, source, pieces: [[text, supervised], …],
-    tokens, supervised}, at most `rows` of them, spread over the training rows; `lengths` {slot, edges: [n + 1 token
-    counts], counts: [n]} over all training rows.
+    tokens, supervised}, at most `rows` of them, spread over the training rows.
     """
 
     plan: Plan

@@ -67,11 +67,10 @@ class FakePipeline:
     def inspect_data(self, request: InspectRequest, emit: Emit, _settings: Settings, /) -> None:
         """A report, rows and lengths of data that were never read."""
         for slot in request.plan.slots:
-            emit("report", slot=slot.name, report={"kept": _ROWS})
+            emit("report", slot=slot.name, report=_report(slot.name))
             for row in range(min(request.rows, _ROWS)):
                 pieces = [[f"<user>question {row}<assistant>", False], [f"answer {row}<end>", True]]
                 emit("row", slot=slot.name, source=f"fake.jsonl:{row + 1}", pieces=pieces, tokens=8, supervised=4)
-            emit("lengths", slot=slot.name, edges=[1, 8, 16], counts=[10, 30])
 
     def chat(self, requests: Iterator[ChatRequest], emit: Emit, _settings: Settings, /) -> None:
         """Echo the last message, word by word."""
@@ -144,6 +143,28 @@ class _FakeTraining:
         )
         self._run.events.emit("failed", code=error.code, text=error.what)
         raise error
+
+
+def _report(slot: str) -> dict[str, object]:
+    """A report in the shape of `tenon.data.report.DataReport`; a slot that `fails` has a problem."""
+    problem = {"code": "data-no-supervised", "what": "no row has a supervised token", "got": "", "hint": "add answers"}
+    lengths = {"edges": [1, 8, 16], "counts": [10, 30], "mean_tokens": 8.0, "median_tokens": 8, "longest": []}
+    drop = {"code": "data-row-too-long", "reason": "the row is longer than data.max_tokens", "rows": 2, "places": []}
+    return {
+        "sources": [],
+        "train_rows": _ROWS,
+        "validation_rows": 0,
+        "repeated": 1,
+        "shortened": 0,
+        "drops": [drop],
+        "tokenised": _ROWS,
+        "train_tokens": 8 * _ROWS,
+        "train_supervised_tokens": 4 * _ROWS,
+        "lengths": lengths,
+        "labels": [],
+        "problems": [problem] if slot.startswith("fails") else [],
+        "warnings": [],
+    }
 
 
 def _write_state(aside: Path) -> None:

@@ -1,0 +1,103 @@
+"""From recipes to a plan: find the base, look at the machine and the size of the data, decide.
+
+This module knows no arithmetic (plan.decide) and no screens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from tenon.bases.identity import hash_base
+from tenon.bases.locate import locate_base
+from tenon.bases.read import read_facts
+from tenon.plan.combine import combine
+from tenon.plan.decide import decide
+from tenon.plan.explain import ExplainRow, explain_rows
+from tenon.plan.machine import read_machine
+from tenon.plan.values import BasePlan, Plan
+from tenon.recipe.load import Loaded, load_recipe
+from tenon.recipe.schema import LeafField, leaf_fields
+from tenon.runs.naming import default_run_folder
+from tenon.service.environment import require_training
+from tenon.service.sizing import measure_data
+from tenon.settings import Settings
+
+RUNS_FOLDER = "runs"
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan and the recipes that it answers, one a slot."""
+
+    plan: Plan
+    loaded: tuple[Loaded, ...]
+
+    @property
+    def recipe_texts(self) -> dict[str, str]:
+        """slot -> the recipe as given, with what the command line changed written above it."""
+        return {slot.name: _text(loaded) for slot, loaded in zip(self.plan.slots, self.loaded, strict=True)}
+
+
+def make_plan(
+    recipes: Sequence[Path], overrides: Sequence[str], settings: Settings, *, now: datetime | None = None
+) -> Planned:
+    """Plan one run with a slot for each recipe; overrides apply to all of them.
+
+    Raises RecipeError, BaseModelError, DataError, PlanError; UsageError usage-extra-missing.
+    """
+    require_training()
+    loaded = tuple(load_recipe(path, overrides) for path in recipes)
+    plan = combine([_plan_one(each, settings) for each in loaded])
+    if any(each.recipe.run is None for each in loaded):
+        plan = _in_free_folder(plan, now or datetime.now().astimezone())
+    return Planned(plan, loaded)
+
+
+def describe_base(spec: str, settings: Settings) -> BasePlan:
+    """Find a base, read what it is, and hash its contents. Raises BaseModelError."""
+    location = locate_base(spec, settings)
+    return BasePlan(
+        spec=location.spec,
+        path=str(location.path),
+        base_hash=hash_base(location, settings),
+        facts=read_facts(location),
+    )
+
+
+def explain(recipe: Path, overrides: Sequence[str], settings: Settings) -> tuple[ExplainRow, ...]:
+    """Every value of one recipe with where it came from. Raises as `make_plan`."""
+    planned = make_plan([recipe], overrides, settings)
+    return explain_rows(planned.loaded[0], planned.plan)
+
+
+def recipe_fields() -> tuple[LeafField, ...]:
+    """Every field that a recipe may have."""
+    return leaf_fields()
+
+
+def _plan_one(loaded: Loaded, settings: Settings) -> Plan:
+    base = describe_base(loaded.base_spec, settings)
+    folder = Path(loaded.resolve(loaded.recipe.run)) if loaded.recipe.run else Path(loaded.working_folder)
+    machine = read_machine(settings, run_folder=folder)
+    return decide(loaded, base=base, machine=machine, data_size=measure_data(loaded, settings))
+
+
+def _in_free_folder(plan: Plan, now: datetime) -> Plan:
+    """The plan with a run folder of its own: planning again never meets an older run."""
+    planned = Path(plan.run_folder)
+    folder = str(default_run_folder(planned.name, planned.parent, now=now))
+    choices = tuple(
+        choice.model_copy(update={"value": folder, "reason": "runs/NAME-TIME where you are"})
+        if choice.key.rpartition(":")[2] == "run"
+        else choice
+        for choice in plan.choices
+    )
+    return plan.model_copy(update={"run_folder": folder, "choices": choices})
+
+
+def _text(loaded: Loaded) -> str:
+    typed = "".join(f"# {override}\n" for override in loaded.overrides)
+    return f"# {loaded.file}\n{typed}{loaded.text}"
