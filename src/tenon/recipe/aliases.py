@@ -35,7 +35,7 @@ def _one_of(words: Mapping[Any, Any], otherwise: str) -> Callable[[Any], Any]:
     """A conversion by table; `otherwise` says why any other value is refused."""
 
     def convert(value: Any) -> Any:
-        if isinstance(value, str | bool | int) and value in words:
+        if isinstance(value, str | bool) and value in words:
             return words[value]
         raise ValueError(otherwise)
 

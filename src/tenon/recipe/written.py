@@ -121,6 +121,7 @@ def _compose(text: str, *, file: str, code: str = "recipe-not-yaml") -> yaml.Nod
         raise RecipeError(code, f"{file}: this is not YAML: nested too deeply", hint=_YAML_HINT) from error
 
 
+_PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 _YAML_HINT = "write `key: value` lines, sections indented by two spaces, text with a colon in quotes"
 
 
@@ -161,6 +162,10 @@ class _Reader:
         if depth > MAX_DEPTH or self._nodes > MAX_NODES:
             raise RecipeError(
                 "recipe-not-yaml", f"{self._file}: nested too deeply, or too many entries", hint=_YAML_HINT
+            )
+        if isinstance(node, yaml.CollectionNode) and node.tag not in _PLAIN_TAGS:
+            raise RecipeError(
+                "recipe-not-yaml", f"{self._file}: tags are not understood", got=node.tag, hint=_YAML_HINT
             )
         if isinstance(node, yaml.MappingNode):
             return {key: self.value(child, depth + 1) for key, child, _ in self.items(node)}
