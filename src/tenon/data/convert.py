@@ -131,10 +131,10 @@ def _labelled_converter(form: Format) -> Converter:
     def convert(tree: Tree, source: str) -> Row:
         text = tree.get(text_column)
         label = tree.get(label_column)
-        if type(text) is not str or not text:
+        if type(text) is not str or not text.strip():
             text = _string(text, text_column)
             _require(text, "the text is empty")
-        if type(label) is not str or not label:
+        if type(label) is not str or not label.strip():
             label = _label(label, label_column)
         asked = text if plain else "".join(before + _place(tree, column) for before, column in pieces)
         messages = ({"role": "user", "content": asked}, {"role": "assistant", "content": label})
