@@ -93,7 +93,11 @@ class Trainer:
         scale = read_state(found.folder, self._slots)
         self._options = replace(self._options, loss_scale=scale)
         self._saved = found.step
-        self._ports.emit("resumed", step=found.step)
+        for t in self._slots:
+            # The mark is written after its checkpoint; a kill between the two is mended here.
+            if t.best is not None and t.best.step in self._ports.checkpoints.steps():
+                self._ports.checkpoints.mark_best(t.best.step, t.plan.name)
+        self._ports.emit("resume", step=found.step)
         return found.step
 
     def run(self) -> None:
@@ -118,8 +122,11 @@ class Trainer:
 
     def _train_step(self) -> None:
         started = time.monotonic()
-        active = [t for t in self._slots if not t.ended]
-        rows = [row for t in active for row in t.window()]
+        windows = {t.number: t.window() for t in self._slots}
+        active = [t for t in self._slots if windows[t.number]]
+        rows = [row for window in windows.values() for row in window]
+        if not rows:
+            return
         losses = self._gradient(active, rows)
         norms = {t.number: t.optimizer.clip() for t in active}
         self._require_finite(active, rows, losses, norms)
@@ -128,7 +135,7 @@ class Trainer:
             t.optimizer.step(factors[t.number])
         seconds = time.monotonic() - started
         for t in active:
-            t.advance(losses[t.number].rows, seconds)
+            t.advance(seconds)
             self._report(t, losses[t.number], norms[t.number], factors[t.number], seconds)
 
     def _gradient(self, active: Sequence[SlotTraining], rows: Sequence[PackRow]) -> dict[int, WindowLoss]:

@@ -50,8 +50,8 @@ class Best:
 class SlotTraining:
     """The mutable state of one slot's training; everything in it but the fixed parts goes into a checkpoint.
 
-    number: the slot in the bank. validated: the step of the last validation (0: none). ended: why it takes no more
-    steps ("" while it does).
+    number: the slot in the bank. taken_rows: rows that the window being worked on took from the feed. validated: the
+    step of the last validation (0: none). ended: why it takes no more steps ("" while it does).
     """
 
     number: int
@@ -63,6 +63,7 @@ class SlotTraining:
     cursor: Cursor = field(default_factory=Cursor)
     best: Best | None = None
     validated: int = 0
+    taken_rows: int = 0
     ended: str = ""
 
     @property
@@ -76,15 +77,26 @@ class SlotTraining:
         return 1.0 if self.ended else self.feed.progress(self.cursor)
 
     def window(self) -> list[PackRow]:
-        """The rows of the next step; empty when the slot's run is over."""
-        if self.ended:
-            return []
-        packed = []
-        for place, index in enumerate(self.feed.next(self.cursor)):
-            row = self.rows.row(index)
-            draw = draw_key(self.plan.seed, self.cursor.step, place)
-            packed.append(PackRow(self.number, row.ids, row.supervised, index, draw))
-        return packed
+        """The rows of the next step; empty when the slot's run is over.
+
+        Rows that the data policy drops are empty; a window of nothing else is passed over without a step.
+        """
+        while not self.ended:
+            indices = self.feed.next(self.cursor)
+            packed = [row for place, index in enumerate(indices) if (row := self._pack(place, index)) is not None]
+            self.taken_rows = len(indices)
+            if packed:
+                return packed
+            self.cursor = replace(self.cursor, rows=self.cursor.rows + len(indices))
+            if self.feed.progress(self.cursor) >= 1.0 or not indices:
+                self.ended = "done"
+        return []
+
+    def _pack(self, place: int, index: int) -> PackRow | None:
+        row = self.rows.row(index)
+        if not len(row.ids):
+            return None
+        return PackRow(self.number, row.ids, row.supervised, index, draw_key(self.plan.seed, self.cursor.step, place))
 
     def learning_factor(self) -> float:
         """The schedule's factor for the step being made.
@@ -97,10 +109,10 @@ class SlotTraining:
         warm = done < self.plan.schedule.warmup
         return factor(self.plan.schedule, min(1.0, done + 1.0 / steps) if warm and steps else done)
 
-    def advance(self, rows: int, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         """Count a finished step, and end the slot's run when a limit is reached."""
-        cursor = self.cursor
-        self.cursor = replace(cursor, step=cursor.step + 1, rows=cursor.rows + rows, seconds=cursor.seconds + seconds)
+        now = self.cursor
+        self.cursor = Cursor(now.step + 1, now.rows + self.taken_rows, now.seconds + seconds)
         if self.feed.progress(self.cursor) >= 1.0:
             self.ended = "done"
 
