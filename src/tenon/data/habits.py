@@ -15,9 +15,7 @@ from tenon.data.template import RENDER_ERRORS, ChatTemplate, Conversation
 QUESTION = "tenonquestion"
 ANSWER = "tenonanswer"
 FOLLOWUP = "tenonfollowup"
-_USER = {"role": "user", "content": QUESTION}
-_ASSISTANT = {"role": "assistant", "content": ANSWER}
-_NEXT_USER = {"role": "user", "content": FOLLOWUP}
+ROLES = {QUESTION: "user", ANSWER: "assistant", FOLLOWUP: "user"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +39,9 @@ class Habits:
 
 def learn_habits(template: ChatTemplate, *, added: Mapping[str, bool], declared: frozenset[str]) -> Habits:
     """Habits of a template. added: text of every added token -> whether it is special; declared: known stop tokens."""
-    last = _render(template, _USER, _ASSISTANT)
-    middle = _render(template, _USER, _ASSISTANT, _NEXT_USER)
-    asked, silent = _render(template, _USER, prompt=True), _render(template, _USER)
+    last = _render(template, QUESTION, ANSWER)
+    middle = _render(template, QUESTION, ANSWER, FOLLOWUP)
+    asked, silent = _render(template, QUESTION, prompt=True), _render(template, QUESTION)
     rest = _after(last, ANSWER)
     stop = _choose_stop(rest, _before(_after(middle, ANSWER), FOLLOWUP), added, declared)
     bridge = _after(asked, QUESTION)
@@ -94,11 +92,18 @@ def _shared(left: Sequence[object], right: Sequence[object]) -> int:
     return next((index for index, (one, other) in enumerate(pairs) if one != other), min(len(left), len(right)))
 
 
-def _render(template: ChatTemplate, *messages: dict[str, str], prompt: bool = False) -> str:
-    try:
-        return template.render(Conversation(messages), prompt=prompt)
-    except RENDER_ERRORS:
-        return ""
+def _render(template: ChatTemplate, *words: str, prompt: bool = False) -> str:
+    """A conversation of such words, as plain contents, or as contents in parts for templates that know only those."""
+    plain = tuple({"role": ROLES[word], "content": word} for word in words)
+    parts = tuple({"role": ROLES[word], "content": [{"type": "text", "text": word}]} for word in words)
+    for messages in (plain, parts):
+        try:
+            text = template.render(Conversation(messages), prompt=prompt)
+        except RENDER_ERRORS:
+            continue
+        if all(word in text for word in words):
+            return text
+    return ""
 
 
 def _after(text: str, word: str) -> str:

@@ -138,10 +138,13 @@ class Renderer:
         *,
         source: str = "the request",
     ) -> list[int]:
-        """Ids that the model continues with the assistant's next turn: what stands before that turn in training."""
+        """Ids that the model continues with the assistant's next turn: what stands before that turn in training.
+
+        Raises DataError data-template-missing or data-template-failed, naming `source`.
+        """
         voice = self._voice_for(tools, source)
         text = self._plain(voice, self._conversation(messages, tools), source, prompt=True)
-        return self.tokenizer.encode(text + voice.habits.missing_header)
+        return self.tokenizer.encode_opening(text + voice.habits.missing_header)
 
     def prompt_of(self, row: Row) -> list[int]:
         """The prompt of a row: a chat up to its last assistant turn, the prompt of a completion, nothing of a text."""

@@ -147,7 +147,7 @@ class TurnFinder:
             return self._start_of_first(search) if before is None else None
         bare, hits = search.alphabet.take_out(text)
         if before is None:
-            return None if hits else self._match(search.plain, 0, bare)
+            return self._match(search.plain, 0, bare) or self._start_of_first(search)
         if not hits or hits[-1].code != before.code:
             return None
         return self._match(search.plain, before.at, bare[hits[-1].at :])
@@ -206,7 +206,11 @@ class TurnFinder:
         alphabet = _unused_alphabet(plain)
         if alphabet is None:
             return None
-        bare, hits = alphabet.take_out(self._template.render(chat, marks=alphabet.generation_marks))
+        try:
+            text = self._template.render(chat, marks=alphabet.generation_marks)
+        except RENDER_ERRORS:
+            return None
+        bare, hits = alphabet.take_out(text)
         spans: list[Span] = []
         opened: list[int] = []
         for hit in hits:
@@ -248,8 +252,9 @@ def _unused_alphabet(text: str) -> Alphabet | None:
 
 def _restrict(turn: Turn, generated: Sequence[Span]) -> Turn:
     """The turn with only the parts that the template marks as generated, and its stop token in any case."""
+    # A block around an empty answer is empty, and still says that this turn is generated.
     parts = [(max(start, turn.start), min(end, turn.end)) for start, end in generated]
-    parts = [(start, end) for start, end in parts if start < end]
+    parts = [(start, end) for start, end in parts if start < end or start == end <= turn.said_end]
     if parts and turn.stopped and parts[-1][1] < turn.end:
         parts.append((max(parts[-1][1], turn.said_end), turn.end))
     return replace(turn, parts=tuple(parts))

@@ -115,6 +115,16 @@ class ChatTokenizer:
         """`encode_with_offsets` of several texts at once; the library may use several threads."""
         return [_encoded(one) for one in self.backend.encode_batch(list(texts), add_special_tokens=False)]
 
+    def encode_opening(self, text: str) -> list[int]:
+        """Ids of a text as they stand when a word follows it.
+
+        Some vocabularies split the spaces at the end of a text differently when nothing follows.
+        """
+        whole = self.encode_with_offsets(text + "a")
+        count = whole.first_from(len(text))
+        clean = count > 0 and whole.ends[count - 1] <= len(text)
+        return whole.ids[:count] if clean else self.encode(text)
+
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of a text that goes on where another ended: no space is put before its first word."""
         anchor = self.encode("\n")
