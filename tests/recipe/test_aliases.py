@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tenon.errors import RecipeError
-from tenon.recipe.aliases import ALIASES, ALWAYS, DIFFERENT, PAIRED
+from tenon.recipe.aliases import ALIASES, ALWAYS, DIFFERENT, PAIRED, Alias
 from tenon.recipe.load import Loaded, parse_recipe
 from tenon.recipe.schema import leaf_fields, section_names
 
@@ -101,7 +101,7 @@ NEEDS_MORE = {
 
 
 @pytest.mark.parametrize("alias", ALIASES, ids=lambda alias: alias.key)
-def test_p26_each_alias_is_understood_and_its_canonical_name_recorded(alias) -> None:  # noqa: ANN001
+def test_p26_each_alias_is_understood_and_its_canonical_name_recorded(alias: Alias) -> None:
     if alias.key in NEEDS_MORE:
         lines, value = NEEDS_MORE[alias.key]
     else:
