@@ -37,21 +37,26 @@ def gguf_facts(header: GgufHeader) -> ModelFacts:
     arch = header.text("general.architecture", "nothing")
     family = family_of_gguf(arch, str(header.path))
     _refuse_features(header, arch)
-    layers, heads = header.require(f"{arch}.block_count"), header.require(f"{arch}.attention.head_count")
-    hidden = header.require(f"{arch}.embedding_length")
-    head_dim = int(header.values.get(f"{arch}.attention.key_length", hidden // heads))
+    layers, heads = header.whole(f"{arch}.block_count"), header.whole(f"{arch}.attention.head_count")
+    hidden = header.whole(f"{arch}.embedding_length")
+    kv_heads = header.whole(f"{arch}.attention.head_count_kv", heads)
+    head_dim = header.whole(f"{arch}.attention.key_length", hidden // heads)
+    if heads % kv_heads or head_dim % 2:
+        raise _unsupported(header, f"{arch}.attention.head_count_kv", "heads that cannot be shared out evenly")
+    if f"blk.{layers - 1}.attn_norm.weight" not in header.tensors:
+        raise _missing(header, f"blk.{layers - 1}.attn_norm.weight")
     qkv_bias, output_bias, mlp_bias = _biases(header, family)
     return ModelFacts(
         family=family.name,
         layers=layers,
         hidden=hidden,
         heads=heads,
-        kv_heads=int(header.values.get(f"{arch}.attention.head_count_kv", heads)),
+        kv_heads=kv_heads,
         head_dim=head_dim,
-        feed_forward=header.require(f"{arch}.feed_forward_length"),
+        feed_forward=header.whole(f"{arch}.feed_forward_length"),
         vocab=_vocab(header, hidden),
-        context_tokens=header.require(f"{arch}.context_length"),
-        norm_eps=_single(float(header.values.get(f"{arch}.attention.layer_norm_rms_epsilon", 1e-6))),
+        context_tokens=header.whole(f"{arch}.context_length"),
+        norm_eps=_single(header.number(f"{arch}.attention.layer_norm_rms_epsilon", 1e-6)),
         rope=_rope(header, arch, head_dim),
         tied_head="output.weight" not in header.tensors,
         qkv_bias=qkv_bias,
@@ -70,7 +75,7 @@ def _refuse_features(header: GgufHeader, arch: str) -> None:
     for name, why in _REFUSED.items():
         if header.values.get(f"{arch}.{name}"):
             raise _unsupported(header, f"{arch}.{name}", why)
-    if int(header.values.get("split.count", 1)) > 1:
+    if header.values.get("split.count", 1) != 1:
         raise BaseModelError(
             "base-unsupported",
             f"{header.path} is one part of a split GGUF file",
@@ -107,21 +112,17 @@ def _biases(header: GgufHeader, family: Family) -> tuple[bool, bool, bool]:
 def _vocab(header: GgufHeader, hidden: int) -> int:
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2 or embedding.shape[1] != hidden:
-        raise BaseModelError(
-            "base-tensor-missing",
-            f"{header.path} lacks the tensor token_embd.weight, or it is not {hidden} wide",
-            hint="download the file again",
-        )
+        raise _missing(header, "token_embd.weight")
     return embedding.shape[0]
 
 
 def _rope(header: GgufHeader, arch: str, head_dim: int) -> RopeFacts:
-    rotated = int(header.values.get(f"{arch}.rope.dimension_count", head_dim))
+    rotated = header.whole(f"{arch}.rope.dimension_count", head_dim)
     if rotated != head_dim:
         raise _unsupported(header, f"{arch}.rope.dimension_count", "heads that rotate in part only are not done")
-    theta = _single(float(header.values.get(f"{arch}.rope.freq_base", 10_000.0)))
+    theta = _single(header.number(f"{arch}.rope.freq_base", 10_000.0))
     scaling = header.text(f"{arch}.rope.scaling.type", "none")
-    factor = _single(float(header.values.get(f"{arch}.rope.scaling.factor", 1.0)))
+    factor = _single(header.number(f"{arch}.rope.scaling.factor", 1.0))
     if ROPE_FREQS in header.tensors:
         if scaling not in ("none", "llama3"):
             raise _unsupported(header, ROPE_FREQS, "frequency factors together with another scaling are not done")
@@ -143,9 +144,9 @@ def _yarn_rope(header: GgufHeader, arch: str, theta: float, factor: float) -> Ro
         kind="yarn",
         theta=theta,
         factor=factor,
-        original_context_tokens=header.require(f"{arch}.rope.scaling.original_context_length"),
-        beta_fast=float(header.values.get(f"{arch}.rope.scaling.yarn_beta_fast", 32.0)),
-        beta_slow=float(header.values.get(f"{arch}.rope.scaling.yarn_beta_slow", 1.0)),
+        original_context_tokens=header.whole(f"{arch}.rope.scaling.original_context_length"),
+        beta_fast=header.number(f"{arch}.rope.scaling.yarn_beta_fast", 32.0),
+        beta_slow=header.number(f"{arch}.rope.scaling.yarn_beta_slow", 1.0),
     )
 
 
@@ -192,6 +193,14 @@ def _single(value: float) -> float:
         if struct.pack("<f", short) == struct.pack("<f", value):
             return short
     return value
+
+
+def _missing(header: GgufHeader, name: str) -> BaseModelError:
+    return BaseModelError(
+        "base-tensor-missing",
+        f"{header.path} lacks the tensor {name}, or its shape is not the one that the metadata says",
+        hint="download the file again",
+    )
 
 
 def _unsupported(header: GgufHeader, key: str, why: str) -> BaseModelError:

@@ -86,12 +86,19 @@ class GgufHeader:
         """A string value, or the default."""
         return str(self.values.get(key, default))
 
-    def require(self, key: str) -> int:
-        """A whole number that must be there. Raises BaseModelError base-damaged."""
-        value = self.values.get(key)
-        if not isinstance(value, int):
-            raise _damaged(self.path, f"its metadata has no number {key}")
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A whole number above zero; without a default it must be there. Raises BaseModelError base-damaged."""
+        value = self.values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise _damaged(self.path, f"{key} must be a whole number above 0", repr(value))
         return value
+
+    def number(self, key: str, default: float) -> float:
+        """A finite number. Raises BaseModelError base-damaged."""
+        value = self.values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise _damaged(self.path, f"{key} must be a number", repr(value))
+        return float(value)
 
 
 def read_gguf(path: Path) -> GgufHeader:

@@ -58,7 +58,7 @@ def locate_base(spec: str, settings: Settings) -> BaseLocation:
     """
     for embedded in EMBEDDED:
         if spec.lower() in embedded.names:
-            return BaseLocation(spec, _embedded_file(embedded), "gguf")
+            return BaseLocation(spec, find_embedded(embedded), "gguf")
     path = Path(spec).expanduser()
     if path.exists():
         return _at_path(spec, path)
@@ -103,7 +103,8 @@ def _check_gguf_magic(path: Path) -> None:
     )
 
 
-def _embedded_file(embedded: EmbeddedBase) -> Path:
+def find_embedded(embedded: EmbeddedBase) -> Path:
+    """The file of an embedded base. Raises BaseModelError base-embedded-missing."""
     # find_spec locates the package without running its code (which would want the rest of its dependencies).
     spec = importlib.util.find_spec(embedded.module)
     for folder in (spec.submodule_search_locations or ()) if spec else ():

@@ -105,8 +105,8 @@ def _refuse_features(config: ConfigReader, family: Family) -> None:
     if config.tree.get("hidden_act", "silu") not in ("silu", "swish"):
         raise config.unsupported("hidden_act", "only silu is done")
     for key in _BIAS_KEYS:
-        # Qwen 2 has biases whatever this key says.
-        if key not in family.bias_keys and config.flag(key, False) and not family.qkv_bias:
+        meaningless = key == "attention_bias" and family.qkv_bias  # q, k and v have one whatever the key says
+        if key not in family.bias_keys and config.flag(key, False) and not meaningless:
             raise config.unsupported(key, f"the family {family.name} has no such biases")
     if family.windows == "never" and config.tree.get("sliding_window"):
         raise config.unsupported("sliding_window", f"the family {family.name} has no sliding windows")
