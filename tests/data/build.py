@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tenon.data.index import IndexedFile, RowReader, index_file, sample_format
+from tenon.data.index import RANGE_BYTES, IndexedFile, RowReader, index_file, sample_format
 from tenon.data.rows import Row
 from tenon.data.sources import find_files
 from tenon.data.spool import open_rows
@@ -55,11 +55,12 @@ def index(
     columns: dict[str, str] | None = None,
     prompt: str = "{text}",
     workers: int = 1,
+    range_bytes: int = RANGE_BYTES,
 ) -> IndexedFile:
     """Index one file as a data set would."""
     rows = open_rows(find_files(str(path), settings)[0], settings)
     form = sample_format(rows, asked=asked, columns=columns or {}, prompt=prompt)
-    return index_file(rows, form, settings, workers=workers)
+    return index_file(rows, form, settings, workers=workers, range_bytes=range_bytes)
 
 
 def read_rows(path: Path | str, settings: Settings, **how: Any) -> list[Row]:

@@ -76,16 +76,27 @@ def index_file(
     settings: Settings,
     *,
     workers: int = 1,
+    range_bytes: int = RANGE_BYTES,
     on_bytes: Callable[[int, int], None] | None = None,
 ) -> IndexedFile:
-    """Index the file, or find its index in the cache. on_bytes: called with (bytes done, bytes in all).
+    """Index the file, or find its index in the cache.
+
+    range_bytes: what one task scans. on_bytes: called with (bytes done, bytes in all).
 
     Raises DataError data-encoding, data-file-empty.
     """
     tree = {"version": INDEX_VERSION, "file": rows.content_hash, "mark": rows.mark, "form": _form_tree(form)}
     folder = settings.cache / "data" / "index" / hash_text(canonical_json(tree))[:40]
     if not folder.is_dir():
-        scans = _scan_all(rows, form, workers, on_bytes)
+        size = rows.path.stat().st_size
+        starts = range(rows.skip, size, range_bytes)
+        tasks = [ScanTask(rows.path, start, min(start + range_bytes, size), rows.skip, form) for start in starts]
+
+        def done(count: int) -> None:
+            if on_bytes is not None:
+                on_bytes(min(count * range_bytes, size), size)
+
+        scans = run_tasks(tasks, workers=min(workers, os.cpu_count() or 1), on_done=done)
         with fresh_folder(folder) as aside:
             _write_index(aside, rows, scans)
     return IndexedFile(rows, form, folder)
@@ -153,20 +164,6 @@ def bad_row_error(name: str, mark: str, bad: BadRow, *, further: int) -> DataErr
     return DataError(bad.code, f"{name}{mark}{bad.line}: {bad.reason}{more}", got=bad.got, hint=bad.hint)
 
 
-def _scan_all(rows: RowFile, form: Format, workers: int, on_bytes: Callable[[int, int], None] | None) -> list[Scan]:
-    size = rows.path.stat().st_size
-    tasks = [
-        ScanTask(rows.path, start, min(start + RANGE_BYTES, size), rows.skip, form)
-        for start in range(rows.skip, size, RANGE_BYTES)
-    ]
-
-    def done(count: int) -> None:
-        if on_bytes is not None:
-            on_bytes(min(count * RANGE_BYTES, size), size)
-
-    return run_tasks(tasks, workers=min(workers, os.cpu_count() or 1), on_done=done)
-
-
 def _write_index(folder: Path, rows: RowFile, scans: list[Scan]) -> None:
     labels: dict[str, int] = {}
     bad: list[BadRow] = []
@@ -192,7 +189,7 @@ def _write_index(folder: Path, rows: RowFile, scans: list[Scan]) -> None:
         bad = [each._replace(line=int(original[each.line - 1])) for each in bad]
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
-    meta = {"labels": list(labels), "bad": bad[:BAD_KEPT], "bad_counts": bad_counts}
+    meta = {"labels": list(labels), "bad": list(map(list, bad[:BAD_KEPT])), "bad_counts": bad_counts}
     (folder / "meta.json").write_bytes(orjson.dumps(meta))
 
 

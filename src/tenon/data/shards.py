@@ -96,7 +96,7 @@ def write_shard(path: Path, rows: Sequence[Tokenised]) -> None:
             *(row.words.astype("<i4") for row in rows),
         ]
     ).tobytes()
-    body += orjson.dumps({str(index): row.fault for index, row in enumerate(rows) if row.fault is not None})
+    body += orjson.dumps({str(index): list(row.fault) for index, row in enumerate(rows) if row.fault is not None})
     faults_bytes = len(body) - 4 * (3 * len(rows) + 1 + sum(lengths))
     crc = np.array(zlib.crc32(body), dtype="<u4").view("<i4")
     header = np.array([MAGIC, len(rows), sum(lengths), faults_bytes, crc], dtype="<i4")

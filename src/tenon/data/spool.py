@@ -190,7 +190,8 @@ def _plain(value: Any) -> Any:
 
 
 def _write_meta(folder: Path, *, lines: bool, bad: list[BadRow], bad_counts: dict[str, int]) -> None:
-    (folder / "meta.json").write_bytes(orjson.dumps({"lines": lines, "bad": bad, "bad_counts": bad_counts}))
+    meta = {"lines": lines, "bad": list(map(list, bad)), "bad_counts": bad_counts}
+    (folder / "meta.json").write_bytes(orjson.dumps(meta))
 
 
 def _sync(descriptor: int) -> None:

@@ -28,6 +28,10 @@ def main() -> None:
             task = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
+        if isinstance(task, list):
+            # The first word: where the parent imports from.
+            sys.path[:] = task
+            continue
         try:
             answer: tuple[bool, Any] = (True, task.run(memo))
         except (TenonError, OSError) as error:

@@ -38,9 +38,10 @@ class WorkerProcess:
     """One child. Not thread-safe: one thread talks to it."""
 
     def __init__(self, *, nice: int) -> None:
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", ENTRY, str(nice)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        # Without -P, a file in the current folder could stand in for a module of the library.
+        command = [sys.executable, "-P", "-m", ENTRY, str(nice)]
+        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._greeted = False
 
     @property
     def pid(self) -> int:
@@ -51,6 +52,10 @@ class WorkerProcess:
         """Do the task in the child. Raises what the task raised (TenonError), or WorkerLostError."""
         stdin, stdout = cast(IO[bytes], self._child.stdin), cast(IO[bytes], self._child.stdout)
         try:
+            if not self._greeted:
+                # The child imports what tasks need from where this process does.
+                pickle.dump(sys.path, stdin)
+                self._greeted = True
             pickle.dump(task, stdin, protocol=pickle.HIGHEST_PROTOCOL)
             stdin.flush()
             done, value = pickle.load(stdout)
