@@ -32,6 +32,7 @@ _SCORE_BYTES = 128 * 1024 * 1024
 class _Row:
     """One request on its way. feed: tokens that the cache does not hold yet, from `fed` on.
 
+    drafting: whether what is fed is still the prompt and its draft.
     open: whether the next scored token may join the answer. It closes where the draft parts from the answer: what
     follows there is scored for the draft alone, and the cache is then cut back to the answer.
     """
@@ -42,6 +43,7 @@ class _Row:
     feed: list[int]
     limit_tokens: int
     fed: int = 0
+    drafting: bool = True
     open: bool = True
     finish: FinishReason | None = None
     ids: list[int] = field(default_factory=list)
@@ -212,7 +214,7 @@ class Engine:
         """Let a row take what its scored positions say: log probabilities of the draft, tokens of the answer."""
         draft = row.request.draft_ids
         for s in positions:
-            if len(row.draft_logprobs) < len(draft):
+            if row.drafting and len(row.draft_logprobs) < len(draft):
                 row.draft_logprobs.append(scored.draft_logprobs[s])
             if not row.open:
                 continue
@@ -222,7 +224,7 @@ class Engine:
         if row.finish is None and not row.feed:
             answer_tokens = len(row.request.prompt_ids) + len(row.ids) - 1
             self._cache.clear(row.place, keep_tokens=answer_tokens)
-            row.feed, row.fed, row.open = row.ids[-1:], answer_tokens, True
+            row.feed, row.fed, row.open, row.drafting = row.ids[-1:], answer_tokens, True, False
 
     def _push(self, row: _Row, token_id: int, logprob: float) -> None:
         """Add one token to the answer, or end it."""
