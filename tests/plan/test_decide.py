@@ -298,10 +298,16 @@ def test_p23_room_for_checkpoints_is_checked_at_planning() -> None:
 
 def test_memory_terms_agree_with_figures_measured_elsewhere() -> None:
     # An 8B base leaves about 3 MB a token without recompute when only what is needed is saved.
-    assert 3.0e6 < activation_bytes_per_token(LLAMA_8B, 0, "bf16", recompute=False) < 4.6e6
-    assert activation_bytes_per_token(LLAMA_8B, 0, "bf16", recompute=True) < 0.6e6
+    assert 3.0e6 < activation_bytes_per_token(LLAMA_8B, 0, "bf16", recompute=False, layers=32) < 4.6e6
+    assert activation_bytes_per_token(LLAMA_8B, 0, "bf16", recompute=True, layers=32) < 0.6e6
     plan = plan_of("data.max_tokens=2048", facts=LLAMA_8B, machine=H100, size=LONG)
     assert 16 * GB < plan.estimate.memory_bytes < 72 * GB
+
+
+def test_layers_below_the_first_adapted_one_cost_half() -> None:
+    whole, upper = plan_of("lora.targets=qv"), plan_of("lora.targets=qv", "lora.layers=15-")
+    assert upper.estimate.memory_bytes < whole.estimate.memory_bytes
+    assert 0.65 < upper.estimate.seconds / whole.estimate.seconds < 0.95
 
 
 def test_flops_agree_with_the_count_by_hand() -> None:

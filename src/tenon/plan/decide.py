@@ -12,7 +12,7 @@ from tenon.bases.facts import ModelFacts
 from tenon.errors import PlanError
 from tenon.plan.choices import Choices
 from tenon.plan.fit import Fit, Load, check_disk, find_fit
-from tenon.plan.memory import adapter_parameters, checkpoint_bytes
+from tenon.plan.memory import adapter_parameters, checkpoint_bytes, trained_layers
 from tenon.plan.size import DataSize, count_steps, rows_per_step
 from tenon.plan.slots import (
     decide_batch,
@@ -140,6 +140,7 @@ def _work(
         row_tokens=row_tokens,
         supervised_share=size.supervised_share,
         recompute=fit.recompute,
+        trained_share=trained_layers(facts, parts.lora) / facts.layers,
     )
     seconds = step_seconds(machine, precision, step_tokens=step_tokens, token_flops=token_flops)
     return Work(

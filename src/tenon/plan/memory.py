@@ -51,16 +51,22 @@ def checkpoint_bytes(facts: ModelFacts, lora: LoraPlan, optimizer: OptimizerPlan
     return adapter_parameters(facts, lora) * (4 + _state_bytes(optimizer)) + 100_000
 
 
-def activation_bytes_per_token(facts: ModelFacts, sites_rank: int, precision: Precision, recompute: bool) -> int:
-    """What one token leaves behind for the backward pass.
+def trained_layers(facts: ModelFacts, lora: LoraPlan) -> int:
+    """Layers that the gradient passes: from the first adapted one on."""
+    return facts.layers - min(parse_site(site)[0] for site in lora.sites)
+
+
+def activation_bytes_per_token(
+    facts: ModelFacts, sites_rank: int, precision: Precision, *, recompute: bool, layers: int
+) -> int:
+    """What one token leaves behind for the backward pass of the last `layers` layers.
 
     A layer keeps both norms' inputs and outputs (4 D), q and the attention output (2 H E), k and v (2 K E), gate, up
-    and their product (3 F), and A x of each adapted matrix. With recompute: each layer's input, and one layer in full.
+    and their product (3 F); and A x of each adapted matrix. With recompute: each layer's input, and one layer in full.
     """
     layer = 4 * facts.hidden + 2 * facts.heads * facts.head_dim + 2 * facts.kv_heads * facts.head_dim
     layer += 3 * facts.feed_forward
-    low = sites_rank / facts.layers
-    kept = facts.layers * facts.hidden + layer + low if recompute else facts.layers * (layer + low)
+    kept = layers * facts.hidden + layer + sites_rank / layers if recompute else layers * layer + sites_rank
     # The backward pass holds the gradients of one layer's widest tensors beside what was kept.
     return round((kept + 3 * facts.feed_forward + 2 * facts.hidden) * PRECISION_BYTES[precision])
 
@@ -71,7 +77,8 @@ def memory_terms(
     """Every part of the estimate, largest meanings first."""
     width = PRECISION_BYTES[shape.precision]
     sites_rank = max(lora.rank * len(lora.sites) for lora, _ in slots)
-    per_token = activation_bytes_per_token(facts, sites_rank, shape.precision, shape.recompute)
+    layers = max(trained_layers(facts, lora) for lora, _ in slots)
+    per_token = activation_bytes_per_token(facts, sites_rank, shape.precision, recompute=shape.recompute, layers=layers)
     shadow = 0 if shape.precision == "fp32" else width
     adapters = sum(
         adapter_parameters(facts, lora) * (4 + 4 + _state_bytes(optimizer) + shadow) for lora, optimizer in slots

@@ -76,13 +76,14 @@ class InspectRequest(Value):
 class EvaluateRequest(Value):
     """Judge subjects on the same rows, in order; the base is loaded once.
 
-    data: its `train` sources are the rows to judge, rendered as it says. metrics empty: chosen by the kind of rows.
-    rows: at most so many, 0 for all. Events, per subject: `result` {result: Result as JSON}.
+    data, side: the rows to judge are this side of the data; they are rendered as the plan says. metrics empty: chosen
+    by the kind of rows. rows: at most so many, 0 for all. Events, per subject: `result` {result: Result as JSON}.
     """
 
     engine: Engine
     subjects: tuple[Subject, ...]
     data: DataPlan
+    side: Literal["train", "validation"] = "train"
     metrics: tuple[str, ...] = ()
     rows: int = 0
     max_new_tokens: int = 256

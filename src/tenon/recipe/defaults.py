@@ -85,5 +85,5 @@ DERIVED: dict[str, str] = {
     "precision": "fp32 on a CPU; bf16 on a GPU that has it, else fp16",
     "device": "a GPU when there is one that this installation can use",
     "checkpointing": "none when that fits in memory, else full",
-    "run": "`runs/NAME` in the folder where the command is typed",
+    "run": "`runs/NAME-TIME` in the folder where the command is typed",
 }
