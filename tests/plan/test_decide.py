@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenon.errors import PlanError
+from tenon.plan.decide import decide
 from tenon.plan.memory import activation_bytes_per_token, adapter_parameters
 from tenon.plan.size import DataSize, count_steps
 from tenon.plan.time import flops_per_token
@@ -326,7 +327,5 @@ def test_trainable_parameters_are_counted_exactly() -> None:
 
 def test_origin_of_an_unlisted_value_is_the_recipe() -> None:
     loaded = load().model_copy(update={"given": ()})
-    from tenon.plan.decide import decide
-
     plan = decide(loaded, base=base_of(), machine=CPU, data_size=SIZE)
     assert choice(plan, "base").origin == "recipe"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tenon.plan.combine import combine
+from tenon.plan.decide import decide
 from tenon.plan.explain import coverage, explain_rows, plan_rows
 from tenon.recipe.schema import leaf_fields
 
@@ -10,8 +11,6 @@ from .situations import CPU, SIZE, SMALL, SMOLLM2_135M, base_of, load, plan_of
 
 
 def test_explain_shows_every_field_in_order() -> None:
-    from tenon.plan.decide import decide
-
     loaded = load(SMALL + "lora: {rank: 8}\nlora_alpha: 4\nadapter: lora\n", "optimizer.lr=1e-4")
     plan = decide(loaded, base=base_of(), machine=CPU, data_size=SIZE)
     rows = explain_rows(loaded, plan)
