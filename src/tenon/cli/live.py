@@ -86,11 +86,13 @@ class PlainView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and self.state.slots and self._every_seconds < math.inf:
-            self.say(plain_line(self.state))
+        if self.state.phase == "train":
+            self._say_state()
 
     def take(self, event: Event) -> None:
         """Show one event, if it is worth a line or time for one."""
+        if event["kind"] == "phase" and self.state.phase == "train":
+            self._say_state()
         self.state.take(event)
         quiet = math.isinf(self._every_seconds)
         for note in self.state.notes:
@@ -102,6 +104,10 @@ class PlainView:
         now, phase = self._clock(), self.state.phase
         if phase != self._phase or now - self._last >= self._every_seconds:
             self._phase, self._last = phase, now
+            self._say_state()
+
+    def _say_state(self) -> None:
+        if self._every_seconds < math.inf:
             self.say(plain_line(self.state))
 
     def say(self, text: str) -> None:
@@ -116,8 +122,8 @@ class LiveView:
         self.state = WorkState()
         self._console = console
         self._spinner = Spinner("dots")
-        self._live = Live(console=console, refresh_per_second=8, transient=True, get_renderable=self._render)
         self._started = time.monotonic()
+        self._live = Live(console=console, refresh_per_second=8, transient=True, get_renderable=self._render)
 
     def __enter__(self) -> LiveView:
         self._live.start()
@@ -203,7 +209,6 @@ def _facts_line(state: WorkState, elapsed: str) -> str:
         f"{format_seconds(math.ceil(state.seconds_left))} left" if math.isfinite(state.seconds_left) else "",
         f"{format_bytes(state.memory_bytes)} memory" if state.memory_bytes else "",
         elapsed,
-        state.what,
     ]
     return ", ".join(fact for fact in facts if fact)
 

@@ -52,9 +52,11 @@ def _summary(plan: Plan) -> Table:
         if row.group != group and group:
             table.add_row()
         group = row.group
-        value = f"about {row.value}" if row.rough else row.value
-        note = ", ".join(part for part in (row.note, "rough" if row.rough and row.group == "cost" else "") if part)
-        table.add_row(Text(row.what, "bold cyan" if row.group == "adapter" else "dim"), Text(value, "bold"), _dim(note))
+        value = f"roughly {row.value}" if row.rough else row.value
+
+        table.add_row(
+            Text(row.what, "bold cyan" if row.group == "adapter" else "dim"), Text(value, "bold"), _dim(row.note)
+        )
     return table
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, TypeAlias
 
+from tenon.runs.metric_table import METRICS
+
 Event: TypeAlias = dict[str, Any]
 
 _HISTORY = 2000
@@ -24,6 +26,7 @@ class SlotState:
 
     name: str
     step: int = 0
+    steps: int = 0
     progress: float = 0.0
     loss: float = math.nan
     lr: float = math.nan
@@ -33,6 +36,7 @@ class SlotState:
     def take_step(self, event: Event) -> None:
         """A `step` event of this slot."""
         self.step = int(event.get("step", self.step))
+        self.steps = int(event.get("steps") or 0)
         self.progress = number(event.get("progress"), self.progress)
         self.lr = number(event.get("lr"), self.lr)
         loss = number(event.get("loss"))
@@ -44,7 +48,9 @@ class SlotState:
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole run, as far as its progress tells."""
+        """Steps of the whole run: as it says, or as far as its progress tells."""
+        if self.steps:
+            return self.steps
         return max(self.step, round(self.step / self.progress)) if self.progress > 0 else self.step
 
 
@@ -81,8 +87,6 @@ class WorkState:
             self.notes.append("validation" + (f" of {event['slot']}" if len(self.slots) > 1 else "") + f", {note}")
         elif kind == "warning":
             self.notes.append(f"warning: {event.get('text')}")
-        elif kind == "checkpoint":
-            self.what = f"checkpoint of step {event.get('step')} saved"
         elif kind == "registered":
             self.notes.append(f"registered {event.get('name')}@{event.get('version')}")
 
@@ -109,15 +113,12 @@ def metrics_text(event: Event) -> str:
 
 
 def figure_text(name: str, value: float, unit: str = "") -> str:
-    """A metric for people: shares as percent, losses with four digits."""
+    """A metric for people: shares as percent, everything else with four digits that matter."""
     if not math.isfinite(value):
         return "-"
-    if unit in ("share", "%") or (not unit and name in _SHARES):
-        return f"{100 * value:.1f}%"
-    return f"{value:.4g}" + (f" {unit}" if unit and unit not in ("nats", "nats/token") else "")
-
-
-_SHARES = {"exact", "accuracy", "macro_f1", "f1", "json_valid", "json_fields", "rouge_l"}
+    if not unit and name in METRICS:
+        unit = METRICS[name].unit
+    return f"{100 * value:.1f}%" if unit == "share" else f"{value:.4g}"
 
 
 def sparkline(values: list[float], columns: int) -> str:

@@ -13,15 +13,17 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.text import Text
 from typer.main import get_command
 
 from tenon.cli.app import app
-from tenon.cli.session import make_session
-from tenon.errors import EXIT_ERROR, TenonError
+from tenon.cli.session import Session
+from tenon.errors import EXIT_ERROR, EXIT_RESUME, TenonError
 from tenon.settings import Settings, read_settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 EXIT_INTERRUPTED = 130
 
@@ -36,7 +38,7 @@ def run_as_program(words: Sequence[str]) -> int:
 def run(words: Sequence[str], settings: Settings) -> int:
     """Run one command line; returns its exit status. Exceptions that are no TenonError pass through."""
     debug = settings.debug or "--debug" in words
-    session = make_session(dataclasses.replace(settings, debug=debug))
+    session = Session(dataclasses.replace(settings, debug=debug))
     command = get_command(app)
     try:
         command.main(args=[word for word in words if word != "--debug"], prog_name="tenon", obj=session)
@@ -47,7 +49,7 @@ def run(words: Sequence[str], settings: Settings) -> int:
         return EXIT_INTERRUPTED
     except TenonError as error:
         if debug:
-            session.err.print(Text(traceback.format_exc()))
+            session.err.print(traceback.format_exc(), markup=False, soft_wrap=True)
         show_error(session.err, error)
         return error.exit_status
     return 0
@@ -55,7 +57,10 @@ def run(words: Sequence[str], settings: Settings) -> int:
 
 def show_error(console: Console, error: TenonError) -> None:
     """The one form of every error: code, what, got, hint."""
-    console.print(Text.assemble((f"error[{error.code}]", "bold red"), ": ", error.what), soft_wrap=True)
+    from rich.text import Text
+
+    word, style = ("stopped", "bold yellow") if error.exit_status == EXIT_RESUME else ("error", "bold red")
+    console.print(Text.assemble((f"{word}[{error.code}]", style), ": ", error.what), soft_wrap=True)
     if error.got:
         console.print(Text.assemble(("  got:  ", "dim"), error.got), soft_wrap=True)
     console.print(Text.assemble(("  hint: ", "dim"), (error.hint, "bold")), soft_wrap=True)

@@ -8,37 +8,42 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 
 from tenon.errors import UsageError
 from tenon.settings import Settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # Where output is no terminal nothing is known of its width: wide enough for a table that somebody greps.
 _PIPE_COLUMNS = 160
 
 
-@dataclass(frozen=True, slots=True)
 class Session:
-    """One command line. out: data, on standard output. err: progress and messages, on standard error."""
+    """One command line. Consoles are made when something is printed: help does without them. rich respects NO_COLOR."""
 
-    settings: Settings
-    out: Console
-    err: Console
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    @cached_property
+    def out(self) -> Console:
+        """Data: standard output."""
+        return _console(stderr=False)
+
+    @cached_property
+    def err(self) -> Console:
+        """Progress and messages: standard error."""
+        return _console(stderr=True)
 
     def write_json(self, tree: Any) -> None:
         """One JSON document on standard output: a line of its own."""
         sys.stdout.write(json.dumps(tree, ensure_ascii=False) + "\n")
         sys.stdout.flush()
-
-
-def make_session(settings: Settings) -> Session:
-    """The session of this process. NO_COLOR is respected (by rich)."""
-    return Session(settings, out=_console(stderr=False), err=_console(stderr=True))
 
 
 def session_of(ctx: typer.Context) -> Session:
@@ -71,7 +76,9 @@ def split_words(words: Sequence[str]) -> tuple[tuple[Path, ...], tuple[str, ...]
 
 
 def _console(*, stderr: bool) -> Console:
-    console = Console(stderr=stderr, highlight=False, soft_wrap=False)
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False)
     if not console.is_terminal:
         console = Console(stderr=stderr, highlight=False, width=_PIPE_COLUMNS)
     return console

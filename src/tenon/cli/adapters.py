@@ -1,0 +1,112 @@
+"""`tenon adapters`: what is registered, where it came from, whether it is still whole; in and out as PEFT folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tenon.cli.plans import AsJson
+from tenon.cli.session import session_of
+
+adapters_app = typer.Typer(
+    help="Registered adapters: versions with the hashes of all that they were made of.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+Name = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="Without a version, the newest.")]
+
+
+@adapters_app.command("list")
+def list_adapters(ctx: typer.Context, as_json: AsJson = False) -> None:
+    """List the registered adapters with their versions."""
+    from tenon.cli.adapter_view import entries_table
+    from tenon.service.adapters import list_entries
+
+    session = session_of(ctx)
+    entries = list_entries(session.settings)
+    if as_json:
+        session.write_json([entry.model_dump(mode="json") for entry in entries])
+    elif entries:
+        session.out.print(entries_table(entries))
+    else:
+        session.err.print("no adapter is registered yet; train one: tenon train recipes/quickstart.yaml")
+
+
+@adapters_app.command("show")
+def show(ctx: typer.Context, name: Name, as_json: AsJson = False) -> None:
+    """Show one version: what it is, what it was made of, how it was judged."""
+    from tenon.cli.adapter_view import show_entry
+    from tenon.service.adapters import get_entry
+
+    session = session_of(ctx)
+    entry = get_entry(name, session.settings)
+    if as_json:
+        session.write_json(entry.model_dump(mode="json"))
+    else:
+        show_entry(session.out, entry)
+
+
+@adapters_app.command("verify")
+def verify(
+    ctx: typer.Context,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME[@VERSION]", help="Without a name, every version of every adapter.")
+    ] = None,
+) -> None:
+    """Check that every file is as it was registered."""
+    from tenon.service.adapters import verify_entries
+
+    session = session_of(ctx)
+    for label in verify_entries(name, session.settings):
+        session.out.print(f"{label}: whole")
+
+
+@adapters_app.command("export")
+def export(
+    ctx: typer.Context,
+    name: Name,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that does not exist yet.")],
+) -> None:
+    """Write a version as a folder that PEFT and vLLM load."""
+    from tenon.service.adapters import export_entry
+
+    session = session_of(ctx)
+    export_entry(name, folder, session.settings)
+    session.out.print(f"{folder}")
+
+
+@adapters_app.command("import")
+def import_adapter(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The name to register it under.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="adapter_config.json and adapter_model.safetensors.")
+    ],
+    base: Annotated[str, typer.Option("--base", help="The base that it was trained on.")],
+) -> None:
+    """Register a PEFT folder that was made elsewhere."""
+    from tenon.service.adapters import import_folder
+
+    session = session_of(ctx)
+    entry = import_folder(name, folder, base, session.settings)
+    session.out.print(f"{entry.name}@{entry.version}")
+
+
+@adapters_app.command("remove")
+def remove(
+    ctx: typer.Context,
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove a version from the registry; there is no way back."""
+    from tenon.service.adapters import get_entry, remove_entry
+
+    session = session_of(ctx)
+    entry = get_entry(name, session.settings)
+    label = f"{entry.name}@{entry.version}"
+    if not yes:
+        typer.confirm(f"remove {label} for good?", abort=True, err=True)
+    remove_entry(label, session.settings)
+    session.out.print(f"removed {label}")

@@ -1,0 +1,153 @@
+"""Runs on screen: the list, one run with its curve and its plan against what it took, and how a training ended.
+
+This module does not know how a run works.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tenon.cli.progress_state import metrics_text, sparkline
+from tenon.cli.result_view import show_results
+from tenon.cli.session import Session
+from tenon.runs.folder import RunFolder
+from tenon.runs.results import Result
+from tenon.runs.status import RunState, RunStatus
+from tenon.service.runs import RunReport, describe_run, read_results
+from tenon.units import format_bytes, format_count, format_seconds
+
+_STATE_STYLES = {
+    RunState.PLANNED: "dim",
+    RunState.RUNNING: "bold green",
+    RunState.STOPPED: "yellow",
+    RunState.FAILED: "bold red",
+    RunState.FINISHED: "green",
+    RunState.DEAD: "red",
+}
+_CURVE_COLUMNS = 60
+
+
+def runs_table(runs: Sequence[tuple[RunFolder, RunStatus]]) -> Table:
+    """One run a line."""
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
+    for head in ("run", "state", "step", "checkpoint", "last event", "note"):
+        table.add_column(head, no_wrap=head != "note")
+    for run, state in runs:
+        table.add_row(
+            Text(run.name, "bold"),
+            Text(state.state, _STATE_STYLES[state.state]),
+            format_count(state.step),
+            "-" if state.checkpoint_step is None else format_count(state.checkpoint_step),
+            "-" if state.updated is None else f"{format_seconds(int(max(0.0, time.time() - state.updated)))} ago",
+            Text(_note(run, state), "dim"),
+        )
+    return table
+
+
+def show_run(console: Console, report: RunReport) -> None:
+    """One run: state, curves, validations, results, plan against actual."""
+    state = report.status
+    names = ", ".join(slot.name for slot in report.plan.slots)
+    console.print(
+        Text.assemble(
+            (report.run.name, "bold"),
+            "  ",
+            (state.state, _STATE_STYLES[state.state]),
+            f"  {names} on {report.plan.base.spec}, step {state.step:,}",
+        )
+    )
+    if note := _note(report.run, state):
+        console.print(Text(f"  {note}", "yellow"), soft_wrap=True)
+    for slot, losses in report.losses.items():
+        if losses:
+            ends = f"{losses[0]:.4f} to {losses[-1]:.4f}"
+            curve = (sparkline(losses, _CURVE_COLUMNS), "green")
+            console.print(Text.assemble((f"  loss of {slot}: ", "dim"), curve, f" {ends}"))
+        for event in report.validations[slot][-3:]:
+            console.print(Text(f"  validation, step {event.get('step')}: {metrics_text(event)}", "dim"))
+    for warning in report.warnings[-5:]:
+        console.print(Text.assemble(("  warning: ", "yellow"), warning), soft_wrap=True)
+    results = read_results(report.run)
+    if results:
+        console.print()
+        show_results(console, results)
+    console.print()
+    console.print(plan_against_actual(report))
+    for name in report.registered:
+        console.print(Text.assemble(("  registered: ", "dim"), (name, "bold")))
+
+
+def plan_against_actual(report: RunReport) -> Table:
+    """The estimate beside what it took: memory, time, tokens, steps."""
+    estimate, actual = report.plan.estimate, report.actual
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
+    for head in ("", "planned", "actual"):
+        table.add_column(head, no_wrap=True)
+    table.add_row("time", f"about {format_seconds(estimate.seconds)}", format_seconds(actual.seconds))
+    memory = format_bytes(actual.memory_bytes) if actual.memory_bytes else "-"
+    table.add_row("memory", f"about {format_bytes(estimate.memory_bytes)}", memory)
+    table.add_row("tokens", f"about {format_count(estimate.train_tokens)}", format_count(actual.tokens))
+    about = "" if estimate.exact_steps else "about "
+    table.add_row("steps", f"{about}{format_count(estimate.steps)}", format_count(actual.steps))
+    return table
+
+
+def show_outcome(session: Session, run: RunFolder) -> None:
+    """How a training ended: before and after, what was registered, plan against actual, what to type next."""
+    report = describe_run(run)
+    results = read_results(run)
+    if results:
+        show_results(session.out, results)
+    session.err.print(plan_against_actual(report))
+    for name in report.registered:
+        session.out.print(Text.assemble("registered ", (name, "bold green")))
+    session.err.print(Text("next:", "dim"))
+    for command in next_commands(report, results):
+        session.err.print(Text(f"  {command}", "bold"), soft_wrap=True)
+
+
+def next_commands(report: RunReport, results: Sequence[Result]) -> list[str]:
+    """What a user may want to type after a training."""
+    commands = [f"tenon show {report.run.path}"]
+    if report.registered:
+        name = report.registered[0].partition("@")[0]
+        commands = [f"tenon chat {name}", f"tenon adapters show {name}", *commands]
+        if not results:
+            commands.insert(1, f"tenon eval {name} --data FILE")
+    return commands
+
+
+def status_tree(run: RunFolder, state: RunStatus) -> dict[str, Any]:
+    """A run's status for JSON."""
+    return {"path": str(run.path), **dataclasses.asdict(state)}
+
+
+def report_tree(report: RunReport) -> dict[str, Any]:
+    """A run's report for JSON."""
+    estimate = report.plan.estimate
+    return {
+        **status_tree(report.run, report.status),
+        "base": report.plan.base.spec,
+        "losses": report.losses,
+        "validations": report.validations,
+        "registered": list(report.registered),
+        "warnings_text": list(report.warnings),
+        "planned": estimate.model_dump(mode="json"),
+        "actual": dataclasses.asdict(report.actual),
+        "results": [result.model_dump(mode="json", exclude={"examples"}) for result in read_results(report.run)],
+    }
+
+
+def _note(run: RunFolder, state: RunStatus) -> str:
+    if state.state is RunState.RUNNING:
+        return f"process {state.pid} on {state.host}"
+    if state.state in (RunState.STOPPED, RunState.DEAD):
+        return f"go on: tenon resume {run.path}"
+    return state.reason

@@ -1,0 +1,99 @@
+"""`tenon train` and `tenon resume`: a run with a live view, that any stop saves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tenon.cli.plans import Words
+from tenon.cli.session import Session, session_of, split_words
+
+if TYPE_CHECKING:
+    from tenon.runs.folder import RunFolder
+    from tenon.service.training import Training
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; warnings and the final table only.")]
+JsonLines = Annotated[bool, typer.Option("--json", help="Events as JSON lines on standard output, nothing else there.")]
+Detach = Annotated[bool, typer.Option("--detach", help="Return at once; the run goes on when this terminal is closed.")]
+
+
+def train(
+    ctx: typer.Context, words: Words, quiet: Quiet = False, as_json: JsonLines = False, detach: Detach = False
+) -> None:
+    """Train an adapter as a recipe says; several recipes are trained together over one base.
+
+    Ctrl-C (and SIGTERM) saves and ends with exit status 75; `tenon resume RUN` goes on exactly there. A second Ctrl-C
+    ends at once; then the newest checkpoint is where it goes on. When the terminal is closed the run saves and ends,
+    unless it was started with --detach.
+    """
+    from tenon.cli.plan_view import show_plan
+    from tenon.service.plans import make_plan
+    from tenon.service.training import create_run
+
+    session = session_of(ctx)
+    recipes, overrides = split_words(words)
+    planned = make_plan(recipes, overrides, session.settings)
+    if not quiet and not as_json:
+        show_plan(session.err, planned.plan, choices=False)
+    run = create_run(planned.plan, planned.recipe_texts)
+    _follow(session, run, quiet=quiet, as_json=as_json, detach=detach)
+
+
+def resume(
+    ctx: typer.Context,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, a name under ./runs, or `latest`.")],
+    quiet: Quiet = False,
+    as_json: JsonLines = False,
+    detach: Detach = False,
+) -> None:
+    """Go on with a run that was stopped, killed, or failed: bit for bit as if it had never stopped."""
+    from tenon.service.runs import open_run
+
+    _follow(session_of(ctx), open_run(run), quiet=quiet, as_json=as_json, detach=detach)
+
+
+def _follow(session: Session, run: RunFolder, *, quiet: bool, as_json: bool, detach: bool) -> None:
+    """Start the worker and show its events until the end."""
+    from tenon.errors import StopRequestedError
+    from tenon.service.training import start_training
+
+    training = start_training(run, session.settings, detach=detach)
+    if detach:
+        session.err.print(f"the run goes on as process {training.worker.pid}; look at it: tenon show {run.path}")
+        session.err.print(f"stop it, saved: kill -TERM {training.worker.pid}")
+        return
+    try:
+        if as_json:
+            _stream(session, training)
+        else:
+            _watch(session, training, quiet=quiet)
+    except StopRequestedError as stop:
+        # The worker knows its folder, not how it was named here.
+        raise StopRequestedError(stop.code, stop.what, hint=f"tenon resume {run.path}") from stop
+
+
+def _stream(session: Session, training: Training) -> None:
+    from tenon.service.training import signals_stop
+
+    with signals_stop(training.worker, lambda _first: None):
+        for event in training.events():
+            session.write_json(event)
+        training.finish()
+
+
+def _watch(session: Session, training: Training, *, quiet: bool) -> None:
+    from tenon.cli.live import make_view
+    from tenon.cli.run_view import show_outcome
+    from tenon.service.training import signals_stop
+
+    view = make_view(session.err, quiet=quiet)
+
+    def on_stop(first: bool) -> None:
+        view.say("stopping: saving a checkpoint (once more to end at once)" if first else "ended at once")
+
+    with view, signals_stop(training.worker, on_stop):
+        for event in training.events():
+            view.take(event)
+        training.finish()
+    show_outcome(session, training.run)
