@@ -1,0 +1,271 @@
+"""The registry: immutable versions of adapters on disk.
+
+    ROOT/NAME/3/adapter_config.json, adapter_model.safetensors    as PEFT wrote or would write them
+    ROOT/NAME/3/tenon.json                                        the Entry
+    ROOT/NAME/last                                                the highest removed version: no number comes twice
+    ROOT/NAME/lock                                                held while a version is added or removed
+
+A version appears by one rename, whole. This module does not know tensors, bases or runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fcntl
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from tenon.errors import AdapterError
+from tenon.registry.entry import Entry, EntryDraft
+from tenon.registry.peft_check import CONFIG_NAME, TENSORS_NAME, AdapterFacts, check_adapter
+from tenon.runs.atomic import clean_leftovers, remove_folder, write_file_atomic, write_folder_atomic
+from tenon.runs.checkpoints import FileFacts, hash_file
+from tenon.runs.space import require_space
+
+ENTRY_NAME = "tenon.json"
+PEFT_FILES = (CONFIG_NAME, TENSORS_NAME)
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+_VERSION = re.compile(r"[1-9]\d{0,8}")
+
+
+class Registry:
+    """The registered adapters under one folder, which is made when the first one comes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def register(self, name: str, files_folder: Path, draft: EntryDraft) -> Entry:
+        """Check an adapter folder and keep a copy as the next version of `name`. Safe beside other processes.
+
+        Raises AdapterError adapter-bad-name and those of `check_adapter`; RunError run-disk-full.
+        """
+        folder = self._adapter_folder(name)
+        check_adapter(files_folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        size_bytes = sum((files_folder / file).stat().st_size for file in PEFT_FILES)
+        require_space(folder, size_bytes, f"registering {name}")
+        with _locked(folder):
+            clean_leftovers(folder)
+            version = self._next_version(folder)
+            made: list[Entry] = []
+
+            def write(aside: Path) -> None:
+                for file in PEFT_FILES:
+                    shutil.copyfile(files_folder / file, aside / file)
+                # Checked again: what counts is what was copied, not what lay there a moment ago.
+                made.append(_entry(name, version, aside, check_adapter(aside), draft))
+                (aside / ENTRY_NAME).write_text(made[0].to_json())
+
+            write_folder_atomic(folder / str(version), write, need_bytes=size_bytes)
+        return made[0]
+
+    def import_peft(self, folder: Path, name: str, *, base_spec: str, base_hash: str) -> Entry:
+        """Register an adapter that was made elsewhere: of its lineage only the base is known, and that by say-so."""
+        return self.register(name, folder, EntryDraft(base_spec=base_spec, base_hash=base_hash))
+
+    def get(self, spec: str) -> Entry:
+        """The entry of `NAME` (its newest version) or `NAME@VERSION`.
+
+        Raises AdapterError adapter-bad-name, adapter-unknown (with the nearest name), adapter-damaged.
+        """
+        name, version = self._resolve(spec)
+        return _read_entry(self.root / name / str(version))
+
+    def folder(self, entry: Entry) -> Path:
+        """Where the files of an entry lie; read them, never write there."""
+        return self._adapter_folder(entry.name) / str(entry.version)
+
+    def list(self, *, on_damaged: Callable[[AdapterError], None] | None = None) -> tuple[Entry, ...]:
+        """Every version of every adapter, by name and version.
+
+        on_damaged: told each entry that cannot be read, which is then left out; without it AdapterError adapter-damaged
+        is raised for the first.
+        """
+        entries = []
+        for label in self.labels():
+            try:
+                entries.append(self.get(label))
+            except AdapterError as error:
+                if on_damaged is None:
+                    raise
+                on_damaged(error)
+        return tuple(entries)
+
+    def labels(self) -> tuple[str, ...]:
+        """NAME@VERSION of everything that is there, readable or not."""
+        return tuple(f"{name}@{version}" for name in self.names() for version in self.versions(name))
+
+    def names(self) -> tuple[str, ...]:
+        """Names that have at least one version."""
+        if not self.root.is_dir():
+            return ()
+        found = sorted(place.name for place in self.root.iterdir() if _NAME.fullmatch(place.name))
+        return tuple(name for name in found if self.versions(name))
+
+    def versions(self, name: str) -> tuple[int, ...]:
+        """Versions of `name`, ascending; none for a name that was never registered."""
+        folder = self._adapter_folder(name)
+        if folder.is_symlink() or not folder.is_dir():
+            return ()
+        found = [place for place in folder.iterdir() if _VERSION.fullmatch(place.name)]
+        return tuple(sorted(int(place.name) for place in found if place.is_dir() and not place.is_symlink()))
+
+    def verify(self, spec: str) -> Entry:
+        """Hash every file again and check the adapter as if it came today.
+
+        Raises AdapterError adapter-damaged, which says what is wrong, and those of `check_adapter`.
+        """
+        entry = self.get(spec)
+        folder = self.folder(entry)
+        strange = sorted({place.name for place in folder.iterdir()} - {*PEFT_FILES, ENTRY_NAME})
+        if strange:
+            raise _damaged(folder, f"{strange[0]} does not belong there")
+        for name, facts in entry.files.items():
+            path = folder / name
+            if path.is_symlink() or not path.is_file():
+                raise _damaged(folder, f"{name} is missing" if not path.is_symlink() else f"{name} is a link")
+            if path.stat().st_size != facts.size_bytes:
+                raise _damaged(folder, f"{name} has {path.stat().st_size:,} bytes instead of {facts.size_bytes:,}")
+            if hash_file(path) != facts.sha256:
+                raise _damaged(folder, f"{name} does not hold what was registered")
+        check_adapter(folder)
+        return entry
+
+    def export(self, spec: str, target: Path) -> Entry:
+        """Write what PEFT and vLLM load, and nothing else, into a new folder, after verifying it.
+
+        Raises AdapterError adapter-export-not-empty and those of `verify`; RunError run-disk-full.
+        """
+        entry = self.verify(spec)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise AdapterError(
+                "adapter-export-not-empty", f"{target}: the place is taken", hint="give a folder that does not exist"
+            )
+        source = self.folder(entry)
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        require_space(target, entry.size_bytes, f"exporting {entry.label}")
+
+        def write(aside: Path) -> None:
+            for name in PEFT_FILES:
+                shutil.copyfile(source / name, aside / name)
+
+        write_folder_atomic(target.absolute(), write, replace=True, need_bytes=entry.size_bytes)
+        return entry
+
+    def remove(self, spec: str) -> str:
+        """Remove one version for good, even a damaged one, and return its label; its number is not given again.
+
+        `NAME` alone means its newest version. Raises AdapterError adapter-unknown.
+        """
+        name, version = self._resolve(spec)
+        folder = self._adapter_folder(name)
+        with _locked(folder):
+            last = max(version, _last(folder))
+            write_file_atomic(folder / "last", str(last).encode())
+            remove_folder(folder / str(version))
+        return f"{name}@{version}"
+
+    def _resolve(self, spec: str) -> tuple[str, int]:
+        """The name and the version, one that exists, of `NAME` or `NAME@VERSION`."""
+        name, _, version = spec.partition("@")
+        versions = self.versions(name)
+        if not versions:
+            near = difflib.get_close_matches(name, self.names(), n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise AdapterError(
+                "adapter-unknown", f"no adapter is registered as {name!r}", hint=f"{hint}see them: tenon adapters list"
+            )
+        if "@" in spec and (not _VERSION.fullmatch(version) or int(version) not in versions):
+            raise AdapterError(
+                "adapter-unknown",
+                f"{name} has no version {version!r}",
+                got=f"versions {', '.join(map(str, versions))}",
+                hint=f"leave the version out for the newest, {name}@{versions[-1]}",
+            )
+        return name, int(version) if version else versions[-1]
+
+    def _adapter_folder(self, name: str) -> Path:
+        if _NAME.fullmatch(name) is None:
+            raise AdapterError(
+                "adapter-bad-name",
+                "an adapter's name has letters, digits, . _ - and begins with a letter, a digit or _",
+                got=repr(name[:80]),
+                hint="choose another name",
+            )
+        return self.root / name
+
+    def _next_version(self, folder: Path) -> int:
+        return max(_last(folder), *self.versions(folder.name), 0) + 1
+
+
+def _last(folder: Path) -> int:
+    """The highest version that was ever removed, 0 if none was."""
+    last = folder / "last"
+    text = last.read_text() if last.is_file() else ""
+    return int(text) if _VERSION.fullmatch(text) else 0
+
+
+def _entry(name: str, version: int, folder: Path, facts: AdapterFacts, draft: EntryDraft) -> Entry:
+    return Entry(
+        name=name,
+        version=version,
+        created=time.time(),
+        base_spec=draft.base_spec,
+        base_hash=draft.base_hash,
+        run=draft.run,
+        data_hash=draft.data_hash,
+        template_hash=draft.template_hash,
+        recipe_hash=draft.recipe_hash,
+        metrics=draft.metrics,
+        parent=draft.parent,
+        rank=facts.rank,
+        alpha=facts.alpha,
+        scale=facts.scale,
+        targets=facts.targets,
+        matrices=len(facts.sites),
+        parameters=facts.parameters,
+        files={
+            file: FileFacts(sha256=hash_file(folder / file), size_bytes=(folder / file).stat().st_size)
+            for file in PEFT_FILES
+        },
+    )
+
+
+def _read_entry(folder: Path) -> Entry:
+    try:
+        entry = Entry.from_json((folder / ENTRY_NAME).read_bytes())
+    except FileNotFoundError as error:
+        raise _damaged(folder, f"{ENTRY_NAME} is missing") from error
+    except ValidationError as error:
+        raise _damaged(folder, f"{ENTRY_NAME} is no entry of this version of Tenon") from error
+    if (entry.name, str(entry.version)) != (folder.parent.name, folder.name):
+        raise _damaged(folder, f"{ENTRY_NAME} says that it is {entry.label}")
+    if set(entry.files) != set(PEFT_FILES):
+        raise _damaged(folder, f"{ENTRY_NAME} lists other files than an adapter has")
+    return entry
+
+
+def _damaged(folder: Path, what: str) -> AdapterError:
+    return AdapterError(
+        "adapter-damaged",
+        f"{folder}: {what}",
+        hint=f"use another version, or remove this one: tenon adapters remove {folder.parent.name}@{folder.name}",
+    )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait for, then hold, the lock of one name; it is only ever held for the length of a copy."""
+    handle = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
