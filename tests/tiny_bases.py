@@ -153,15 +153,52 @@ def gguf_name(name: str) -> str:
     return f"{_GGUF_NAMES[stem]}.{kind}"
 
 
+def add_byte_level(writer: gguf.GGUFWriter, pre: str = "gpt-2") -> None:
+    """The metadata of the tiny byte-level tokenizer; `pre` names how text is cut before merging."""
+    tokenizer = tiny_tokenizer()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([tokenizer.id_to_token(i) or "" for i in range(VOCAB)])
+    writer.add_token_types([3 if i < 3 else 1 for i in range(VOCAB)])
+    writer.add_token_merges([f"{left} {right}" for left, right in json_merges(tokenizer)])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
+    writer.add_chat_template(template)
+
+
+def add_sentencepiece(writer: gguf.GGUFWriter) -> None:
+    """The metadata of a tokenizer in the manner of Llama 2: pieces with scores, bytes for what has no piece."""
+    letters = ["▁", *"thealkounswrimy"]
+    pieces = ["th", "he", "the", "▁t", "▁the", "an", "▁a", "in", "re", "ou", "▁th", "er", "▁w"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *pieces]
+    assert len(tokens) == VOCAB
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * (VOCAB - 259)])
+    scores = [-float(pieces.index(token)) if token in pieces else -1000.0 for token in tokens]
+    writer.add_token_scores(scores)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+
+
+def json_merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """The merges of a byte-pair tokenizer, which only its JSON shows."""
+    return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
 def write_gguf(
     model: PreTrainedModel,
     path: Path,
     *,
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    tokenizer: Callable[[gguf.GGUFWriter], None] = add_byte_level,
     extra: Callable[[gguf.GGUFWriter], None] | None = None,
 ) -> None:
     """Write a model as llama.cpp's converter would; matrices in `kind`, vectors in F32. The model takes on the
-    rounded matrices, so that it stays the reference. extra: adds or replaces metadata before the file is written.
+    rounded matrices, so that it stays the reference. tokenizer, extra: add metadata.
     """
     config = model.config
     arch = config.model_type
@@ -177,7 +214,7 @@ def write_gguf(
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     _add_rope(writer, config, head_dim)
-    _add_tokenizer(writer)
+    tokenizer(writer)
     if extra is not None:
         extra(writer)
     _add_tensors(writer, model, kind, interleaved=arch in ("llama", "smollm3"))
@@ -204,28 +241,6 @@ def _add_rope(writer: gguf.GGUFWriter, config: PreTrainedConfig, head_dim: int) 
         turns = rope["original_max_position_embeddings"] * plain / (2 * np.pi)
         blend = np.clip((turns - 1.0) / (4.0 - 1.0), 0, 1)
         writer.add_tensor("rope_freqs.weight", (1 / ((1 - blend) / rope["factor"] + blend)).astype(np.float32))
-
-
-def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
-    tokenizer = tiny_tokenizer()
-    tokens = [tokenizer.id_to_token(i) or "" for i in range(VOCAB)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if i < 3 else 1 for i in range(VOCAB)])
-    merges = json_merges(tokenizer)
-    writer.add_token_merges([f"{left} {right}" for left, right in merges])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_chat_template(
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
-    )
-
-
-def json_merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """The merges of a byte-pair tokenizer, which only its JSON shows."""
-    return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
 def _add_tensors(
