@@ -239,6 +239,15 @@ def test_opening_again_reads_the_cache_and_gives_the_same(tmp_path: Path, base: 
     assert stamps == {file: file.stat().st_mtime_ns for file in settings.cache.rglob("*") if file.is_file()}
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, base: Path, settings: Settings) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", chats(3))
+    settings.cache.write_text("in the way")
+    error = _refusal(data_plan(path), base, settings)
+    assert error.code == "data-io"
+    assert error.what.startswith(f"{path}: ")
+    assert "TENON_CACHE" in error.hint
+
+
 def test_progress_is_told(tmp_path: Path, base: Path, settings: Settings) -> None:
     told: list[tuple[str, int, int]] = []
     path = write_jsonl(tmp_path / "rows.jsonl", chats(10))

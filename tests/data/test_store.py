@@ -196,6 +196,23 @@ def test_a_row_found_bad_in_the_background_stops_the_next_access(
     assert not any(psutil.pid_exists(pid) for pid in feeder.pids)
 
 
+def test_a_cache_that_fails_in_the_background_does_not_end_the_run(
+    tmp_path: Path, settings: Settings, rendering: Rendering, renderer: Renderer, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = _open(index(write_jsonl(tmp_path / "rows.jsonl", chats(9)), settings), rendering, renderer, settings)
+    feeder = Feeder([file], STRICT, workers=1)
+    store = _store(file, STRICT, feeder)
+    file.spec.folder.rmdir()
+    feeder.start()
+    end = time.monotonic() + 30
+    while not caplog.records and time.monotonic() < end:
+        assert len(store.row(3).ids)
+        time.sleep(0.01)
+    assert "no longer cached" in caplog.text
+    assert len(store.row(8).ids)
+    feeder.close()
+
+
 def test_selections_keep_their_sources_apart() -> None:
     selection = Selection(np.zeros(5, dtype=np.int32), np.arange(5), (2, 0, 3))
     kept = selection.keep(np.array([True, False, False, True, True]))

@@ -29,6 +29,7 @@ from tenon.data.report import (
     describe_lengths,
     merge_drops,
 )
+from tenon.data.spool import mapped_io
 from tenon.data.store import FAULTY, LONG, SHORTENED, UNSUPERVISED, Feeder, Measures, Policy, RowStore, Selection
 from tenon.data.tokenizer import ChatTokenizer
 from tenon.data.tokens import Rendering, TokenFile, token_spec
@@ -201,7 +202,8 @@ def _token_files(
         selected = np.zeros(len(table), dtype=bool)
         for side in sides:
             selected[side.row_of[side.file_of == number]] = True
-        files.append(TokenFile(token_spec(file, rendering, renderer, settings.cache), renderer, selected))
+        with mapped_io(file.rows.name):
+            files.append(TokenFile(token_spec(file, rendering, renderer, settings.cache), renderer, selected))
     return files
 
 

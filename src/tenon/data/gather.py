@@ -15,7 +15,7 @@ from tenon.data.index import IndexedFile, RowTable, bad_row_error, index_file, l
 from tenon.data.report import PLACES_SHOWN, Drop, Findings, SourceReport
 from tenon.data.sources import find_files
 from tenon.data.split import Split, split_rows
-from tenon.data.spool import open_rows
+from tenon.data.spool import mapped_io, open_rows
 from tenon.data.store import Selection
 from tenon.errors import DataError
 from tenon.plan.values import DataPlan, SourcePlan
@@ -97,10 +97,11 @@ def _open_source(
 ) -> Source:
     files: list[IndexedFile] = []
     for found in find_files(source.path, settings):
-        rows = open_rows(found, settings)
-        form = sample_format(rows, asked=source.format, columns=source.columns, prompt=plan.prompt)
-        report = _byte_progress(found.name, on_progress)
-        files.append(index_file(rows, form, settings, workers=plan.workers, on_bytes=report))
+        with mapped_io(found.name):
+            rows = open_rows(found, settings)
+            form = sample_format(rows, asked=source.format, columns=source.columns, prompt=plan.prompt)
+            report = _byte_progress(found.name, on_progress)
+            files.append(index_file(rows, form, settings, workers=plan.workers, on_bytes=report))
     tables = tuple(load_table(file) for file in files)
     return Source(source, "train" if role == "train" else "validation", tuple(files), tables)
 

@@ -23,6 +23,7 @@ import orjson
 
 from tenon.data.readers import CHUNK_BYTES, UTF8_BOM, empty_file, open_bytes, read_head, read_records
 from tenon.data.sources import SourceFile
+from tenon.errors import DataError
 from tenon.settings import Settings
 
 # Goes into every cache key: raise it when what is cached changes its meaning.
@@ -115,6 +116,20 @@ def _spooled(file: SourceFile, kind: str, settings: Settings) -> RowFile:
         bad=tuple(BadRow(*each) for each in meta["bad"]),
         bad_counts=tuple(sorted(meta["bad_counts"].items())),
     )
+
+
+@contextmanager
+def mapped_io(name: str) -> Iterator[None]:
+    """Whatever the system refuses within the block becomes DataError data-io about `name`."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            "data-io",
+            f"{name}: {(error.strerror or str(error)).lower()}",
+            got=str(error.filename or ""),
+            hint="check that the file can be read, and that the cache (TENON_CACHE) can be written and has space",
+        ) from error
 
 
 @contextmanager

@@ -6,6 +6,7 @@ same tokens either way. Shape legend: N rows of the store. This module does not 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,11 +16,13 @@ import numpy as np
 
 from tenon.data.rows import Chat, Row
 from tenon.data.shards import NOTHING, SHARD_ROWS, Fault, Tokenised, word_flags, word_ids
+from tenon.data.spool import mapped_io
 from tenon.data.tokens import ShardTask, TokenFile
 from tenon.data.workers import BACKGROUND_NICE, WorkerPool
 from tenon.errors import DataError, TenonError
 from tenon.plan.values import DataPlan
 
+log = logging.getLogger("tenon.data")
 # What becomes of a tokenised row, before any policy.
 KEPT, SHORTENED, LONG, UNSUPERVISED, FAULTY = range(5)
 # Fewer rows than this are tokenised here: starting processes would take longer.
@@ -119,6 +122,7 @@ class Feeder:
         self._jobs: list[tuple[TokenFile, ShardTask]] = []
         self._pool: WorkerPool[None] | None = None
         self._error: TenonError | None = None
+        self._told = False
         self._done = 0
         self._on_done: Callable[[int, int], None] | None = None
 
@@ -131,8 +135,13 @@ class Feeder:
         """Raise what went wrong in the background, if anything did."""
         if self._error is not None:
             raise self._error
-        if self._pool is not None and self._pool.error is not None:
-            raise self._pool.error
+        error = self._pool.error if self._pool is not None else None
+        if isinstance(error, OSError) and not self._told:
+            # Without a cache every row is still made on the spot: no reason to end a run.
+            self._told = True
+            log.warning("tokens are no longer cached: %s", error)
+        elif isinstance(error, TenonError):
+            raise error
 
     def start(self) -> None:
         """Begin in the background; trained-on rows are checked as they come."""
@@ -149,7 +158,8 @@ class Feeder:
         memo: dict[Any, Any] = {}
         for file in self._files:
             file.lend(memo)
-        pool.join(memo)
+        with mapped_io("the token cache"):
+            pool.join(memo)
 
     def close(self) -> None:
         """End the workers; nothing of theirs is left running."""
