@@ -38,14 +38,14 @@ def list_adapters(ctx: typer.Context, as_json: AsJson = False) -> None:
 def show(ctx: typer.Context, name: Name, as_json: AsJson = False) -> None:
     """Show one version: what it is, what it was made of, how it was judged."""
     from tenon.cli.adapter_view import show_entry
-    from tenon.service.adapters import get_entry
+    from tenon.service.adapters import entry_folder, get_entry
 
     session = session_of(ctx)
     entry = get_entry(name, session.settings)
     if as_json:
         session.write_json(entry.model_dump(mode="json"))
     else:
-        show_entry(session.out, entry)
+        show_entry(session.out, entry, entry_folder(entry, session.settings))
 
 
 @adapters_app.command("verify")
@@ -59,8 +59,8 @@ def verify(
     from tenon.service.adapters import verify_entries
 
     session = session_of(ctx)
-    for label in verify_entries(name, session.settings):
-        session.out.print(f"{label}: whole")
+    for entry in verify_entries(name, session.settings):
+        session.out.print(f"{entry.label}: whole", highlight=False)
 
 
 @adapters_app.command("export")
@@ -91,7 +91,7 @@ def import_adapter(
 
     session = session_of(ctx)
     entry = import_folder(name, folder, base, session.settings)
-    session.out.print(f"{entry.name}@{entry.version}")
+    session.out.print(entry.label)
 
 
 @adapters_app.command("remove")
@@ -105,8 +105,7 @@ def remove(
 
     session = session_of(ctx)
     entry = get_entry(name, session.settings)
-    label = f"{entry.name}@{entry.version}"
     if not yes:
-        typer.confirm(f"remove {label} for good?", abort=True, err=True)
-    remove_entry(label, session.settings)
-    session.out.print(f"removed {label}")
+        typer.confirm(f"remove {entry.label} for good?", abort=True, err=True)
+    remove_entry(entry.label, session.settings)
+    session.out.print(f"removed {entry.label}")

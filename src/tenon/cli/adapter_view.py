@@ -1,0 +1,64 @@
+"""Registered adapters on screen. This module does not know where they are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tenon.cli.result_view import metric_text
+from tenon.registry.entry import Entry
+from tenon.units import format_bytes, format_short
+
+
+def entries_table(entries: Sequence[Entry]) -> Table:
+    """One version a line."""
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
+    for head in ("adapter", "base", "rank", "parameters", "judged", "registered"):
+        table.add_column(head, no_wrap=head != "judged")
+    for entry in entries:
+        judged = ", ".join(f"{metric.name} {metric_text(metric)}" for metric in entry.metrics[:1])
+        table.add_row(
+            Text(entry.label, "bold"),
+            entry.base_spec,
+            str(entry.rank),
+            format_short(entry.parameters),
+            Text(judged or "-"),
+            Text(_when(entry), "dim"),
+        )
+    return table
+
+
+def show_entry(console: Console, entry: Entry, folder: Path) -> None:
+    """One version: what it is, what it was made of, how it was judged."""
+    unknown = "unknown: made elsewhere"
+    pairs = [
+        ("adapter", entry.label),
+        ("files", f"{folder} ({format_bytes(entry.size_bytes)})"),
+        ("lora", f"rank {entry.rank}, alpha {entry.alpha:g}, scale {entry.scale:g}"),
+        ("adapts", f"{entry.matrices} matrices ({', '.join(entry.targets)}), {entry.parameters:,} parameters"),
+        ("registered", _when(entry)),
+        ("run", entry.run or unknown),
+        ("started from", entry.parent or "nothing: a fresh adapter"),
+        ("base", f"{entry.base_spec}  {entry.base_hash}"),
+        ("data", entry.data_hash or unknown),
+        ("template", entry.template_hash or unknown),
+        ("recipe", entry.recipe_hash or unknown),
+        ("adapter hash", entry.adapter_hash),
+    ]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in pairs:
+        table.add_row(Text(name, "dim"), Text(value))
+    for metric in entry.metrics:
+        table.add_row(Text(metric.name, "dim"), Text(metric_text(metric), "bold"))
+    console.print(table)
+
+
+def _when(entry: Entry) -> str:
+    return f"{datetime.fromtimestamp(entry.created).astimezone():%Y-%m-%d %H:%M}"
