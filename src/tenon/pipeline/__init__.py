@@ -1,0 +1,54 @@
+"""What a worker can do, one function a kind of request. The story of a run is in `pipeline.training`.
+
+Nothing heavy is imported before it is asked for: a look at the data needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from tenon.plan.requests import ChatRequest, EvaluateRequest, GenerateRequest, InspectRequest
+from tenon.settings import Settings
+
+
+class Emit(Protocol):
+    """Writes one event."""
+
+    def __call__(self, kind: str, /, **fields: Any) -> object: ...
+
+
+def train(run_folder: Path, settings: Settings, /) -> None:
+    """Do, or go on with, the run of a folder: see `pipeline.training.train`."""
+    from tenon.pipeline.training import train as work
+
+    work(run_folder, settings)
+
+
+def evaluate(request: EvaluateRequest, emit: Emit, settings: Settings, /) -> None:
+    """Judge subjects on the same rows: see `pipeline.judging.judge`."""
+    from tenon.pipeline.judging import judge
+
+    judge(request, emit, settings)
+
+
+def generate(request: GenerateRequest, emit: Emit, settings: Settings, /) -> None:
+    """Answer many prompts: see `pipeline.talking.answer_prompts`."""
+    from tenon.pipeline.talking import answer_prompts
+
+    answer_prompts(request, emit, settings)
+
+
+def inspect_data(request: InspectRequest, emit: Emit, settings: Settings, /) -> None:
+    """Look at the data of a plan: see `pipeline.inspection.inspect_slots`."""
+    from tenon.pipeline.inspection import inspect_slots
+
+    inspect_slots(request, emit, settings)
+
+
+def chat(requests: Iterator[ChatRequest], emit: Emit, settings: Settings, /) -> None:
+    """Answer the turns of a conversation: see `pipeline.talking.converse`."""
+    from tenon.pipeline.talking import converse
+
+    converse(requests, emit, settings)

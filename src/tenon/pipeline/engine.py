@@ -1,0 +1,67 @@
+"""The resident base: found again, checked to be the one that was planned, loaded once, with an empty bank beside it.
+
+This module does not know what the base is wanted for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tenon.adapters.bank import AdapterBank
+from tenon.bases.identity import hash_base
+from tenon.bases.locate import locate_base
+from tenon.data.render import Renderer
+from tenon.data.tokenizer import load_tokenizer
+from tenon.errors import BaseModelError, PlanError
+from tenon.models.decoder import Decoder
+from tenon.models.load import load_decoder
+from tenon.models.prepare import prepare_base
+from tenon.plan.values import BasePlan, MachineFacts, Precision
+from tenon.settings import Settings
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Workbench:
+    """A base ready for work. folder: its files in Hugging Face's layout (tokenizer and template among them)."""
+
+    folder: Path
+    decoder: Decoder
+    bank: AdapterBank
+
+    def renderer(self, template: str | None) -> Renderer:
+        """The renderer of this base; template: a file instead of the base's own chat template."""
+        text = None if template is None else Path(template).read_text(encoding="utf-8")
+        return Renderer(load_tokenizer(self.folder), text)
+
+
+def find_base(base: BasePlan, settings: Settings) -> Path:
+    """The prepared folder of the planned base. Raises BaseModelError base-changed when its contents are others now."""
+    location = locate_base(base.path, settings)
+    found = hash_base(location, settings)
+    if found != base.base_hash:
+        raise BaseModelError(
+            "base-changed",
+            f"the base at {base.path} is not the one that was planned with ({base.base_hash[:12]})",
+            got=found[:12],
+            hint="put the planned base back, or plan and train anew",
+        )
+    return prepare_base(location, settings)
+
+
+def load_workbench(folder: Path, base: BasePlan, machine: MachineFacts, precision: Precision) -> Workbench:
+    """Load the decoder onto the planned device. Raises PlanError plan-device-missing when there is none."""
+    if machine.device == "cuda" and not torch.cuda.is_available():
+        raise PlanError(
+            "plan-device-missing",
+            f"the plan wants a GPU ({machine.device_name}), and torch finds none here",
+            hint="run on a machine with a GPU, or plan with device=cpu",
+        )
+    torch.set_num_threads(machine.threads)
+    device, dtype = torch.device(machine.device), DTYPES[precision]
+    decoder = load_decoder(folder, base.facts, dtype=dtype, device=device)
+    return Workbench(folder, decoder, AdapterBank(base.facts, dtype=dtype, device=device))
