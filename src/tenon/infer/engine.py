@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tenon.batch import IGNORE, NO_SLOT, AttentionLayout, Batch, Segment
 from tenon.errors import AdapterError, BaseModelError
-from tenon.infer.requests import Completion, FinishReason, OnToken, Request
+from tenon.infer.requests import Completion, FinishReason, OnFinish, OnToken, Request
 from tenon.infer.sampling import Draw, sample
 from tenon.models.cache import KvCache
 from tenon.models.decoder import Bank, Decoder
@@ -77,11 +77,18 @@ class Engine:
     """Runs requests over one decoder and bank until all have finished."""
 
     def __init__(
-        self, decoder: Decoder, bank: Bank | None, *, cache: KvCache, pass_tokens: int, on_token: OnToken | None = None
+        self,
+        decoder: Decoder,
+        bank: Bank | None,
+        *,
+        cache: KvCache,
+        pass_tokens: int,
+        on_token: OnToken | None = None,
+        on_finish: OnFinish | None = None,
     ) -> None:
         """pass_tokens: most tokens of one pass; what decodes always goes."""
         self._decoder, self._bank, self._cache = decoder, bank, cache
-        self._pass_tokens, self._on_token = pass_tokens, on_token
+        self._pass_tokens, self._on_token, self._on_finish = pass_tokens, on_token, on_finish
         self._waiting: deque[tuple[int, Request]] = deque()
         self._rows: list[_Row] = []
         self._prefixes: dict[int, tuple[list[int], tuple[Tensor, Tensor]]] = {}
@@ -95,7 +102,7 @@ class Engine:
     def submit(self, index: int, request: Request) -> None:
         """Let a request wait for a place; `completions[index]` is its answer when it has finished."""
         if len(request.prompt_ids) >= self._limit(request):
-            self.completions[index] = Completion((), (), "context")
+            self._finish(index, Completion((), (), "context"))
         else:
             self._waiting.append((index, request))
 
@@ -146,12 +153,17 @@ class Engine:
     def _release(self) -> None:
         for row in [row for row in reversed(self._rows) if row.finish is not None and not row.feed]:
             assert row.finish is not None
-            self.completions[row.index] = row.completion(row.finish)
+            self._finish(row.index, row.completion(row.finish))
             last = self._rows[-1]
             if last is not row:
                 self._cache.move(last.place, row.place)
                 last.place, self._rows[row.place] = row.place, last
             self._rows.pop()
+
+    def _finish(self, index: int, completion: Completion) -> None:
+        self.completions[index] = completion
+        if self._on_finish is not None:
+            self._on_finish(index, completion)
 
     # ---- one pass -----------------------------------------------------------------------------------------------
 

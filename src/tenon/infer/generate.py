@@ -11,7 +11,7 @@ import torch
 
 from tenon.bases.facts import ModelFacts
 from tenon.infer.engine import Engine
-from tenon.infer.requests import Completion, OnToken, Request
+from tenon.infer.requests import Completion, OnFinish, OnToken, Request
 from tenon.models.cache import KvCache
 from tenon.models.decoder import Bank, Decoder
 
@@ -30,11 +30,13 @@ def generate(
     cache_bytes: int = 1 << 30,
     share_prefix: bool = True,
     on_token: OnToken | None = None,
+    on_finish: OnFinish | None = None,
 ) -> list[Completion]:
     """The completion of every request, in order; requests of any slots share the passes.
 
     max_rows: most rows at a time; fewer when the cache (cache_bytes, at least one row) does not hold so many.
     pass_tokens: most tokens of one pass. share_prefix: compute the beginning that a slot's prompts share once.
+    on_token, on_finish: see there.
     A request's answer does not depend on any of these, nor on the other requests, but for the rounding of sums.
 
     Raises AdapterError adapter-not-finite, BaseModelError base-not-finite; KeyError for a slot that is not in the bank.
@@ -42,7 +44,7 @@ def generate(
     if not requests:
         return []
     cache = _make_cache(decoder, requests, max_rows=max_rows, cache_bytes=cache_bytes)
-    engine = Engine(decoder, bank, cache=cache, pass_tokens=pass_tokens, on_token=on_token)
+    engine = Engine(decoder, bank, cache=cache, pass_tokens=pass_tokens, on_token=on_token, on_finish=on_finish)
     if share_prefix:
         engine.share_prefixes(shared_prefixes(requests, cache.capacity_tokens))
     for index, request in enumerate(requests):

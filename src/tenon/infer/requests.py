@@ -79,3 +79,11 @@ class OnToken(Protocol):
     def __call__(self, index: int, token_id: int, logprob: float) -> bool | None:
         """index: of the request in the list. Return False to cancel this request."""
         ...
+
+
+class OnFinish(Protocol):
+    """Called for each request when its answer is complete, in the order in which they finish."""
+
+    def __call__(self, index: int, completion: Completion) -> None:
+        """index: of the request in the list."""
+        ...
