@@ -162,12 +162,17 @@ class Feeder:
             pool.join(memo)
 
     def close(self) -> None:
-        """End the workers; nothing of theirs is left running."""
+        """End the workers, nothing of theirs is left running, and give the files back."""
+        self._end_pool()
+        for file in self._files:
+            file.close()
+
+    def _end_pool(self) -> None:
         if self._pool is not None:
             self._pool.close()
 
     def _begin(self, workers: int, *, nice: int, on_result: Callable[[int, None], None]) -> WorkerPool[None]:
-        self.close()
+        self._end_pool()
         self._jobs = [(file, task) for file in self._files for task in file.missing()]
         self._done = 0
         self._pool = WorkerPool([task for _, task in self._jobs], workers=workers, nice=nice, on_result=on_result)

@@ -32,6 +32,8 @@ from tenon.errors import DataError
 from tenon.values import canonical_json, hash_text
 
 TOKENS_VERSION = 1
+# The system allows some 65,000 mappings to a process.
+OPEN_SHARDS = 4096
 # What "today" is to templates that write the date: always the same, or a run resumed tomorrow would see other tokens.
 TRAINING_DATE = datetime(2026, 1, 1)
 
@@ -164,6 +166,8 @@ class TokenFile:
             return None
         if number not in self._shards:
             path = shard_path(self.spec.folder, number)
+            if len(self._shards) >= OPEN_SHARDS:
+                self._shards.clear()
             try:
                 self._shards[number] = open_shard(path)
             except (ShardDamagedError, FileNotFoundError):
