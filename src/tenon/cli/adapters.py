@@ -22,10 +22,11 @@ Name = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="Without a v
 def list_adapters(ctx: typer.Context, as_json: AsJson = False) -> None:
     """List the registered adapters with their versions."""
     from tenon.cli.adapter_view import entries_table
+    from tenon.cli.failures import show_error
     from tenon.service.adapters import list_entries
 
     session = session_of(ctx)
-    entries = list_entries(session.settings)
+    entries = list_entries(session.settings, lambda damaged: show_error(session.err, damaged))
     if as_json:
         session.write_json([entry.model_dump(mode="json") for entry in entries])
     elif entries:
@@ -101,11 +102,10 @@ def remove(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Remove a version from the registry; there is no way back."""
-    from tenon.service.adapters import get_entry, remove_entry
+    from tenon.service.adapters import label_of, remove_entry
 
     session = session_of(ctx)
-    entry = get_entry(name, session.settings)
+    label = label_of(name, session.settings)
     if not yes:
-        typer.confirm(f"remove {entry.label} for good?", abort=True, err=True)
-    remove_entry(entry.label, session.settings)
-    session.out.print(f"removed {entry.label}")
+        typer.confirm(f"remove {label} for good?", abort=True, err=True)
+    session.out.print(f"removed {remove_entry(label, session.settings)}")

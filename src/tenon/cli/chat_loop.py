@@ -16,7 +16,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.text import Text
 
-from tenon.cli.run import show_error
+from tenon.cli.failures import show_error
 from tenon.errors import TenonError
 from tenon.plan.requests import Message, Sampling, Subject
 from tenon.service.worker_process import Event

@@ -13,17 +13,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
-
 from typer.main import get_command
 
 from tenon.cli.app import app
+from tenon.cli.failures import show_error
 from tenon.cli.session import Session
-from tenon.errors import EXIT_ERROR, EXIT_RESUME, TenonError
+from tenon.errors import EXIT_ERROR, TenonError
 from tenon.settings import Settings, read_settings
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 EXIT_INTERRUPTED = 130
 
@@ -53,17 +49,6 @@ def run(words: Sequence[str], settings: Settings) -> int:
         show_error(session.err, error)
         return error.exit_status
     return 0
-
-
-def show_error(console: Console, error: TenonError) -> None:
-    """The one form of every error: code, what, got, hint."""
-    from rich.text import Text
-
-    word, style = ("stopped", "bold yellow") if error.exit_status == EXIT_RESUME else ("error", "bold red")
-    console.print(Text.assemble((f"{word}[{error.code}]", style), ": ", error.what), soft_wrap=True)
-    if error.got:
-        console.print(Text.assemble(("  got:  ", "dim"), error.got), soft_wrap=True)
-    console.print(Text.assemble(("  hint: ", "dim"), (error.hint, "bold")), soft_wrap=True)
 
 
 def crash_hook(

@@ -37,7 +37,7 @@ def judge(request: EvaluateRequest, emit: Emit, settings: Settings) -> None:
             bench.decoder,
             bench.bank,
             judges,
-            dataset.train,
+            dataset.validation if request.side == "validation" else dataset.train,
             dataset.renderer,
             base_hash=engine.base.base_hash,
             options=EvaluationOptions(request.metrics, request.rows, request.max_new_tokens),

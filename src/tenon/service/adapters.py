@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tenon.errors import AdapterError
 from tenon.registry.entry import Entry, EntryDraft
 from tenon.registry.store import Registry
 from tenon.service.plans import describe_base
 from tenon.settings import Settings
 
 
-def list_entries(settings: Settings) -> tuple[Entry, ...]:
-    """Every version of every adapter. Raises AdapterError adapter-damaged."""
-    return Registry(settings.registry).list()
+def list_entries(settings: Settings, on_damaged: Callable[[AdapterError], None]) -> tuple[Entry, ...]:
+    """Every version of every adapter. on_damaged: told each that cannot be read, which is then left out."""
+    return Registry(settings.registry).list(on_damaged=on_damaged)
 
 
 def get_entry(name: str, settings: Settings) -> Entry:
@@ -47,6 +48,12 @@ def import_folder(name: str, folder: Path, base: str, settings: Settings) -> Ent
     return Registry(settings.registry).register(name, folder, EntryDraft(base_spec=base, base_hash=found.base_hash))
 
 
-def remove_entry(name: str, settings: Settings) -> Entry:
-    """Remove a version for good."""
+def label_of(name: str, settings: Settings) -> str:
+    """NAME@VERSION of what a name means, readable or not. Raises AdapterError adapter-unknown."""
+    registry = Registry(settings.registry)
+    return name if name in registry.labels() else registry.get(name).label
+
+
+def remove_entry(name: str, settings: Settings) -> str:
+    """Remove a version for good, even a damaged one; returns its label."""
     return Registry(settings.registry).remove(name)
