@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+
 from typer.main import get_command
 
 from tenon.cli.app import app
