@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from tenon.data.render import NOTE_CUT, NOTE_EOS, NOTE_STRADDLE, NOTE_UNFORETOLD, Rendered, Renderer
+from tenon.data.render import NOTE_CUT, NOTE_EOS, NOTE_PARTLY, NOTE_STRADDLE, NOTE_UNFORETOLD, Rendered, Renderer
 from tenon.data.rows import Chat, Completion, Text
 from tenon.data.tokenizer import ChatTokenizer, load_tokenizer
 from tenon.errors import DataError
@@ -273,6 +273,54 @@ def test_p07_tool_calls_where_tools_move(byte_tokenizer: ChatTokenizer) -> None:
     assert found == call_text + " It is there.</s> welcome</s>"
 
 
+def test_p07_a_result_that_repeats_the_name_of_its_call_is_not_supervised(byte_tokenizer: ChatTokenizer) -> None:
+    source = THINKING.replace(
+        "<tool_response>\\n'", "<tool_response> ' + messages[1].tool_calls[0].function.name + '\\n'"
+    )
+    assert source != THINKING
+    found = supervised_text(byte_tokenizer, Renderer(byte_tokenizer, source).render(chat(*AGENT, tools=TOOLS)))
+    assert found == supervised_text(
+        byte_tokenizer, Renderer(byte_tokenizer, THINKING).render(chat(*AGENT, tools=TOOLS))
+    )
+
+
+def test_p08_what_a_template_leaves_out_is_said(byte_tokenizer: ChatTokenizer) -> None:
+    source = CHATML.replace("message.content", "(message.content or '')")
+    both = (user("a"), assistant("I look.", tool_calls=[call({"q": "x"})]), tool("r"), assistant("b"))
+    rendered = Renderer(byte_tokenizer, source).render(chat(*both, tools=TOOLS))
+    assert supervised_text(byte_tokenizer, rendered) == "I look.<|im_end|>b<|im_end|>"
+    assert rendered.notes == (NOTE_PARTLY,)
+    only_call = (user("a"), assistant(None, tool_calls=[call({"q": "x"})]), tool("r"), assistant("b"))
+    with pytest.raises(DataError, match="message 2") as raised:
+        Renderer(byte_tokenizer, source).render(chat(*only_call, tools=TOOLS))
+    assert raised.value.code == "data-template-ignores"
+    # Reasoning that a template keeps out of the history is no loss.
+    assert Renderer(byte_tokenizer, THINKING).render(chat(*AGENT, user("c"), assistant("d"), tools=TOOLS)).notes == ()
+
+
+def test_p07_a_generation_prompt_unlike_the_header_of_answers(byte_tokenizer: ChatTokenizer) -> None:
+    source = CHATML.replace("{{- '<|im_start|>assistant\\n' }}", "{{- '  <|im_start|>assistant\\n' }}")
+    assert source != CHATML
+    rendered = Renderer(byte_tokenizer, source).render(chat(user("a"), assistant("b"), user("c"), assistant("d")))
+    assert supervised_text(byte_tokenizer, rendered) == "b<|im_end|>d<|im_end|>"
+    assert rendered.notes == (NOTE_UNFORETOLD,)
+
+
+def test_p07_unstopped_turns_keep_what_closes_a_call(byte_tokenizer: ChatTokenizer) -> None:
+    source = """\
+{%- for message in messages %}
+    {{- '<|' + message.role + '|>' + (message.content or '') }}
+    {%- for call in message.tool_calls or [] %}
+        {{- '<tool_call>' + call.function.name + (call.function.arguments | tojson) + '</tool_call>' }}
+    {%- endfor %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"""
+    rendered = Renderer(byte_tokenizer, source).render(chat(*AGENT))
+    call_text = '<tool_call>look_up{"q": "a <|im_end|> b", "n": 3}</tool_call>'
+    assert supervised_text(byte_tokenizer, rendered) == call_text + "It is there.</s>"
+    assert rendered.notes == (NOTE_EOS,)
+
+
 def test_p07_history_without_its_reasoning(byte_tokenizer: ChatTokenizer) -> None:
     messages = (*AGENT, user("and now?"), assistant("<think>\nhm\n</think>\n\nHere."))
     rendered = Renderer(byte_tokenizer, THINKING).render(chat(*messages, tools=TOOLS))
@@ -352,7 +400,7 @@ def test_p09_a_template_without_stop_gets_the_eos(byte_tokenizer: ChatTokenizer)
 def test_p09_a_template_without_stop_is_cut_after_the_last_answer(byte_tokenizer: ChatTokenizer) -> None:
     messages = (user("one"), assistant("the fox"), user("two"), assistant("the dog"), user("</s> Assistant: three"))
     rendered = Renderer(byte_tokenizer, NO_STOP).render(chat(*messages))
-    assert supervised_text(byte_tokenizer, rendered) == " the fox the dog\n</s>"
+    assert supervised_text(byte_tokenizer, rendered) == " the fox\n the dog\n</s>"
     assert rendered.notes == (NOTE_CUT, NOTE_EOS)
     assert "three" not in byte_tokenizer.decode(rendered.ids)
 

@@ -26,7 +26,7 @@ class Habits:
     missing_header: what it writes before an answer although it leaves it out of the generation prompt.
     extras: ends of the generation prompt that the same turn does not have in a finished conversation
     (an opened thinking block, for instance), shortest first.
-    tails: what follows the stop at the end of a conversation.
+    tails: what follows the stop at the end of a conversation. headers: what stands between a question and its answer.
     """
 
     stops: frozenset[str]
@@ -35,6 +35,7 @@ class Habits:
     missing_header: str
     extras: tuple[str, ...]
     tails: frozenset[str]
+    headers: tuple[str, ...]
 
 
 def learn_habits(template: ChatTemplate, *, added: Mapping[str, bool], declared: frozenset[str]) -> Habits:
@@ -48,7 +49,9 @@ def learn_habits(template: ChatTemplate, *, added: Mapping[str, bool], declared:
     headers = [_before(_after(text, QUESTION), ANSWER) for text in (last, middle) if ANSWER in text]
     generation_prompt = asked[_shared(asked, silent) :]
     missing = "" if generation_prompt else _missing_header(bridge, headers)
-    extras = {bridge[_shared(bridge, header) :] for header in headers if generation_prompt} - {""}
+    extras = {bridge[_shared(bridge, header) :] for header in headers} - {""}
+    # What is left of the generation prompt without an extra must still announce the assistant.
+    extras = {extra for extra in extras if generation_prompt[: -len(extra)].strip()}
     own = frozenset({stop} if stop else ())
     return Habits(
         stops=own | declared,
@@ -57,6 +60,7 @@ def learn_habits(template: ChatTemplate, *, added: Mapping[str, bool], declared:
         missing_header=missing,
         extras=tuple(sorted(extras, key=len)),
         tails=frozenset({rest.partition(stop)[2]} if stop else ()),
+        headers=tuple(dict.fromkeys(header.rstrip(" ") for header in headers)),
     )
 
 

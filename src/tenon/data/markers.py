@@ -1,6 +1,6 @@
 """Invisible markers around what the messages of a row say, so that it can be found again in the rendered text.
 
-A marker is one private-use character that occurs nowhere else in the row. Message number i gets the characters 2i
+A marker is one private-use character that occurs nowhere else in the row. String number i gets the characters 2i
 (before) and 2i + 1 (after) of an alphabet, around the text without its outer spaces, so that templates that strip it
 leave them in place. Whoever uses them must check that the rendering without markers equals the plain rendering; a
 template that looks at the first letter of a message may behave differently, and then markers prove nothing.
@@ -10,14 +10,14 @@ This module knows no templates and no tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from tenon.data.rows import Message
 
-MOST_MESSAGES = 30_000
+MOST_STRINGS = 32_000
 GENERATION_OPENS = 0xFFF0
 GENERATION_CLOSES = 0xFFF1
 SPOKEN_KEYS = frozenset({"content", "reasoning_content", "thinking", "reasoning"})
@@ -31,13 +31,13 @@ class Hit:
     code: int
 
     @property
-    def message(self) -> int:
-        """Number of the message whose text it surrounds."""
+    def string(self) -> int:
+        """Number of the string that it surrounds."""
         return self.code // 2
 
     @property
     def closes(self) -> bool:
-        """Whether it stood after the text and not before it."""
+        """Whether it stood after the string and not before it."""
         return self.code % 2 == 1
 
 
@@ -80,27 +80,80 @@ class Alphabet:
 ALPHABETS = (Alphabet(0xF0000), Alphabet(0x100000))
 
 
-def marked(message: Message, number: int, alphabet: Alphabet) -> Message:
-    """The message with markers around its content, reasoning and tool calls.
+class Marking:
+    """Messages with markers around every string of their content, reasoning and tool calls.
 
-    Empty texts stay as they are, except that an assistant who says nothing at all gets a pair in its empty content.
+    messages: the marked copies. owners: number of a string -> number of its message. loud: numbers of the strings
+    that a template has no reason to leave out (reasoning is left out of a history by many). complete: whether the
+    alphabet was large enough. Blank strings stay as they are, except that an assistant who says nothing at all gets a
+    pair of markers in its empty content.
     """
-    found: Message = {}
-    for key, value in message.items():
-        if key in SPOKEN_KEYS:
-            found[key] = _spoken(value, number, alphabet)
-        elif key == "tool_calls" and isinstance(value, list):
-            found[key] = [_call(call, number, alphabet) for call in value]
-        else:
-            found[key] = value
-    content = message.get("content")
-    if message.get("role") == "assistant" and isinstance(content, str) and found == message:
-        found["content"] = alphabet.around(content, number)
-    return found
+
+    def __init__(self, messages: Sequence[Message], alphabet: Alphabet) -> None:
+        self.alphabet = alphabet
+        self.owners: list[int] = []
+        self.loud: set[int] = set()
+        self.messages = tuple(self._marked(number, message) for number, message in enumerate(messages))
+        self.complete = len(self.owners) <= MOST_STRINGS
+
+    def owner(self, hit: Hit) -> int:
+        """Number of the message that a marker belongs to."""
+        return self.owners[hit.string]
+
+    def _marked(self, number: int, message: Message) -> Message:
+        found: Message = {}
+        before = len(self.owners)
+        for key, value in message.items():
+            if key in SPOKEN_KEYS:
+                found[key] = self._spoken(value, number, loud=key == "content")
+            elif key == "tool_calls" and isinstance(value, list):
+                found[key] = [self._call(call, number) for call in value]
+            else:
+                found[key] = value
+        content = message.get("content")
+        if message.get("role") == "assistant" and isinstance(content, str) and len(self.owners) == before:
+            found["content"] = self._around(content, number, loud=False)
+        return found
+
+    def _around(self, text: str, number: int, *, loud: bool) -> str:
+        if loud:
+            self.loud.add(len(self.owners))
+        self.owners.append(number)
+        return self.alphabet.around(text, min(len(self.owners), MOST_STRINGS) - 1)
+
+    def _spoken(self, value: Any, number: int, *, loud: bool) -> Any:
+        if isinstance(value, str):
+            return self._around(value, number, loud=loud) if value.strip() else value
+        if isinstance(value, list):
+            return [self._spoken(part, number, loud=loud) for part in value]
+        if isinstance(value, dict) and isinstance(value.get("text"), str):
+            return {**value, "text": self._spoken(value["text"], number, loud=loud)}
+        return value
+
+    def _call(self, call: Any, number: int) -> Any:
+        if not isinstance(call, dict):
+            return call
+        found = dict(call)
+        if isinstance(call.get("function"), dict):
+            found["function"] = self._call(call["function"], number)
+            return found
+        for key in ("name", "arguments"):
+            if key in call:
+                found[key] = self._leaves(call[key], number)
+        return found
+
+    def _leaves(self, value: Any, number: int) -> Any:
+        if isinstance(value, str):
+            return self._around(value, number, loud=True) if value.strip() else value
+        if isinstance(value, list):
+            return [self._leaves(item, number) for item in value]
+        if isinstance(value, dict):
+            return {key: self._leaves(item, number) for key, item in value.items()}
+        return value
 
 
 def unmarked_texts(message: Message) -> Iterator[str]:
-    """Every string of a message that `marked` leaves alone: names, ids, keys."""
+    """Every string of a message that gets no markers: names, ids, keys."""
     for key, value in message.items():
         if key == "role" or (key in SPOKEN_KEYS and isinstance(value, str)):
             continue
@@ -110,39 +163,6 @@ def unmarked_texts(message: Message) -> Iterator[str]:
             yield from _strings([_call_frame(call) for call in value])
         else:
             yield from _strings(value)
-
-
-def _spoken(value: Any, number: int, alphabet: Alphabet) -> Any:
-    if isinstance(value, str):
-        return alphabet.around(value, number) if value.strip() else value
-    if isinstance(value, list):
-        return [_spoken(part, number, alphabet) for part in value]
-    if isinstance(value, dict) and isinstance(value.get("text"), str):
-        return {**value, "text": _spoken(value["text"], number, alphabet)}
-    return value
-
-
-def _call(call: Any, number: int, alphabet: Alphabet) -> Any:
-    if not isinstance(call, dict):
-        return call
-    found = dict(call)
-    if isinstance(call.get("function"), dict):
-        found["function"] = _call(call["function"], number, alphabet)
-        return found
-    for key in ("name", "arguments"):
-        if key in call:
-            found[key] = _leaves(call[key], number, alphabet)
-    return found
-
-
-def _leaves(value: Any, number: int, alphabet: Alphabet) -> Any:
-    if isinstance(value, str):
-        return alphabet.around(value, number)
-    if isinstance(value, list):
-        return [_leaves(item, number, alphabet) for item in value]
-    if isinstance(value, dict):
-        return {key: _leaves(item, number, alphabet) for key, item in value.items()}
-    return value
 
 
 def _call_frame(call: Any) -> Any:

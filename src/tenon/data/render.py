@@ -9,14 +9,14 @@ module does not know files, lengths or batches.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal
 
 from tenon.data.habits import Habits, learn_habits
 from tenon.data.rows import Chat, Completion, Message, Row, Text
-from tenon.data.spans import Span, Turn, TurnFinder
+from tenon.data.spans import Found, Span, TurnFinder
 from tenon.data.template import RENDER_ERRORS, ChatTemplate, Conversation, normal_messages
 from tenon.data.tokenizer import DEFAULT_TEMPLATE, TOOL_TEMPLATE, ChatTokenizer, Encoded
 from tenon.errors import DataError
@@ -27,6 +27,7 @@ Supervise = Literal["assistant", "last", "all"]
 NOTE_EOS = "the template ends the assistant's turn without a stop token: the end-of-sequence token was appended"
 NOTE_CUT = "the template has no stop token between turns: what comes after the last supervised turn was left out"
 NOTE_UNFORETOLD = "the generation prompt for a supervised turn holds text that the turn itself does not have"
+NOTE_PARTLY = "the template leaves out something that a message says"
 NOTE_STRADDLE = "a token lies across the border of a supervised turn and is not supervised"
 
 
@@ -103,8 +104,8 @@ class Renderer:
     def render(self, row: Row) -> Rendered:
         """Ids and mask of one row.
 
-        Raises DataError: data-template-missing, data-template-failed, data-template-unmaskable, data-no-assistant,
-        data-nothing-supervised, data-no-stop.
+        Raises DataError: data-template-missing, data-template-failed, data-template-unmaskable, data-template-ignores,
+        data-no-assistant,         data-nothing-supervised, data-no-stop.
         """
         if isinstance(row, Text):
             return self._text(row)
@@ -210,14 +211,16 @@ class Renderer:
         shift = int(self._adds_system(row.messages))
         wanted = self._wanted(row, shift)
         plain = self._plain(voice, chat, row.source)
-        turns = self._turns(voice, chat, plain, row.source, wanted)
-        last = turns[-1]
-        notes = [NOTE_UNFORETOLD] if any(not turn.foretold for turn in turns) else []
+        found = self._found(voice, chat, plain, row.source, wanted)
+        last = found.turns[-1]
+        notes = [NOTE_UNFORETOLD] if any(not turn.foretold for turn in found.turns) else []
+        notes += [NOTE_PARTLY] if found.partly else []
         if not last.stopped and last.message + 1 < len(chat.messages):
             chat = chat.upto(last.message + 1)
             plain = self._plain(voice, chat, row.source)
-            turns = self._turns(voice, chat, plain, row.source, wanted)
+            found = self._found(voice, chat, plain, row.source, [number for number in wanted if number <= last.message])
             notes.append(NOTE_CUT)
+        turns = found.turns
         spans = tuple(span for turn in turns for span in turn.spans)
         return _Draft(plain, spans, not turns[-1].stopped, tuple(notes), row.source)
 
@@ -247,14 +250,22 @@ class Renderer:
             raise _nothing_supervised(row.source, "every assistant turn that could be supervised has weight 0")
         return wanted
 
-    def _turns(self, voice: _Voice, chat: Conversation, plain: str, source: str, wanted: Sequence[int]) -> list[Turn]:
-        turns = voice.finder.find(chat, plain, wanted)
-        if turns is None:
+    def _found(self, voice: _Voice, chat: Conversation, plain: str, source: str, wanted: Sequence[int]) -> Found:
+        found = voice.finder.find(chat, plain, wanted)
+        if found is None:
             raise _unmaskable(source, "what the assistant says cannot be told apart in this template's text")
-        turns = [turn for turn in turns if turn.spans]
+        if found.mute:
+            keys = ", ".join(sorted(chat.messages[found.mute[0]].keys() - {"role"}))
+            raise DataError(
+                "data-template-ignores",
+                f"{source}: the chat template leaves out all that the assistant says in message {found.mute[0] + 1}",
+                got=f"a message with {keys}",
+                hint="name a template that writes such messages with data.template, or set data.on_bad: drop",
+            )
+        turns = [turn for turn in found.turns if turn.spans]
         if not turns:
             raise _nothing_supervised(source, "no assistant turn lies in a {% generation %} block")
-        return turns
+        return replace(found, turns=turns)
 
     def _finish(self, draft: _Draft, encoded: Encoded) -> Rendered:
         supervised = [False] * len(encoded.ids)

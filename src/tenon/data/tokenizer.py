@@ -210,13 +210,14 @@ def load_tokenizer(folder: Path) -> ChatTokenizer:
     adds_bos = _adds_bos(backend, named.get("bos_token"))
     # Without it offsets stay untrimmed: a space belongs to the token that holds it, which the loss mask depends on.
     backend.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]  # the stub forgets that None is allowed
+    stops = _declared_stops(folder)
     return ChatTokenizer(
         folder=folder,
         named_tokens=named,
         templates=templates,
-        declared_stop_ids=_declared_stops(folder),
+        declared_stop_ids=stops,
         adds_bos=adds_bos,
-        content_hash=_content_hash(path, named, templates),
+        content_hash=_content_hash(path, {"named": named, "templates": templates, "stops": sorted(stops)}),
         backend=backend,
     )
 
@@ -320,7 +321,7 @@ def _declared_stops(folder: Path) -> frozenset[int]:
     return frozenset(index for index in listed if isinstance(index, int))
 
 
-def _content_hash(path: Path, named: dict[str, str], templates: dict[str, str]) -> str:
+def _content_hash(path: Path, rest: dict[str, Any]) -> str:
     digest = hashlib.sha256(path.read_bytes())
-    digest.update(canonical_json({"named": named, "templates": templates}).encode())
+    digest.update(canonical_json(rest).encode())
     return digest.hexdigest()
