@@ -197,7 +197,23 @@ def test_a_row_that_the_template_refuses_follows_the_policy(tmp_path: Path, base
     assert error.what.startswith(f"{path}:3: ")
     assert "too many turns" in error.what
     with _open(data_plan(path, template=str(template), on_bad="drop"), base, settings) as dataset:
-        assert (len(dataset.train), dataset.report.drops[0].code) == (2, "data-row-unrenderable")
+        assert (len(dataset.train), dataset.report.drops[0].code) == (2, "data-template-failed")
+
+
+def test_what_a_template_leaves_out_is_said(tmp_path: Path, base: Path, settings: Settings) -> None:
+    thought = chat("why", "so") | {"tools": [{"name": "look"}]}
+    thought["messages"][1]["reasoning_content"] = "hm"
+    quoted = chat('"tools": "reasoning_content":', "no")
+    path = write_jsonl(tmp_path / "rows.jsonl", [*chats(2), thought, quoted])
+    template = tmp_path / "knows.jinja"
+    template.write_text(CHATML + "{# writes tools and reasoning_content #}")
+    with _open(data_plan(path), base, settings) as dataset:
+        assert dataset.report.warnings == (
+            "the chat template leaves out tools; rows that offer some: 1",
+            "the chat template leaves out reasoning; rows that hold some: 1",
+        )
+    with _open(data_plan(path, template=str(template)), base, settings) as dataset:
+        assert dataset.report.warnings == ()
 
 
 def test_p18_the_hash_binds_rows_and_sides_and_not_their_packaging(

@@ -41,10 +41,10 @@ from tenon.values import canonical_json, hash_text
 # Data up to this size are tokenised before training starts.
 SMALL_ROWS = 20_000
 SMALL_BYTES = 64 << 20
+REASONING_WORDS = ("reasoning", "thinking")
 DROP_REASONS = {
     LONG: ("data-row-too-long", "the row is longer than data.max_tokens"),
     UNSUPERVISED: ("data-row-unsupervised", "the row has no supervised token"),
-    FAULTY: ("data-row-unrenderable", "the chat template refuses the row"),
 }
 
 
@@ -149,7 +149,8 @@ def _open(
             feeder.complete(None if on_progress is None else _row_progress(on_progress))
         measures = tuple(store.measures() for store in stores)
         drops = _judge_rows(stores, measures, policy, findings)
-        report = _report(gathered, stores, measures, drops, plan, findings)
+        templates = renderer.tokenizer.templates.values() if rendering.template is None else [rendering.template]
+        report = _report(gathered, stores, measures, drops, plan, tuple(templates), findings)
     except BaseException:
         feeder.close()
         raise
@@ -246,13 +247,28 @@ def _judge_rows(
 def _drops(store: RowStore, measure: Measures) -> list[tuple[int, Drop]]:
     found: list[tuple[int, Drop]] = []
     bounds = np.cumsum((0, *store.sizes))
-    for code, (name, reason) in DROP_REASONS.items():
-        rows = np.flatnonzero(measure.codes == code)
+    for (code, reason), rows in _dropped_rows(store, measure).items():
         owners = np.searchsorted(bounds, rows, side="right") - 1
         for owner in np.unique(owners):
-            inside = rows[owners == owner]
+            inside = np.array(rows)[owners == owner]
             places = tuple(store.source(int(row)) for row in inside[:PLACES_SHOWN])
-            found.append((int(owner), Drop(code=name, reason=reason, rows=len(inside), places=places)))
+            found.append((int(owner), Drop(code=code, reason=reason, rows=len(inside), places=places)))
+    return found
+
+
+def _dropped_rows(store: RowStore, measure: Measures) -> dict[tuple[str, str], list[int]]:
+    """(code, reason) -> rows; of rows that the renderer refused, the first one of each code lends its reason."""
+    found = {
+        told: np.flatnonzero(measure.codes == code).tolist()
+        for code, told in DROP_REASONS.items()
+        if (measure.codes == code).any()
+    }
+    reasons: dict[str, str] = {}
+    for row in np.flatnonzero(measure.codes == FAULTY).tolist():
+        fault = store.fault(row)
+        if fault is not None:
+            told = (fault.code, reasons.setdefault(fault.code, fault.reason))
+            found.setdefault(told, []).append(row)
     return found
 
 
@@ -262,6 +278,7 @@ def _report(
     measures: Sequence[Measures],
     drops: Sequence[list[tuple[int, Drop]]],
     plan: DataPlan,
+    templates: Sequence[str],
     findings: Findings,
 ) -> DataReport:
     dropped = [pair for side in drops for pair in side]
@@ -276,6 +293,7 @@ def _report(
     )
     train, validation = measures
     _warn(gathered, stores, plan, findings)
+    _warn_unwritten(gathered, templates, findings)
     return DataReport(
         sources=sources,
         train_rows=len(stores[0]) - sum(drop.rows for _, drop in drops[0]),
@@ -312,3 +330,13 @@ def _warn(gathered: Gathered, stores: Sequence[RowStore], plan: DataPlan, findin
         findings.warn(f"{len(split.shared)} train rows were taken out, because validation holds them too")
     if (plan.heldout > 0 or plan.validation) and not len(stores[1]):
         findings.warn("validation has no row: the data are too few for the share held out")
+
+
+def _warn_unwritten(gathered: Gathered, templates: Sequence[str], findings: Findings) -> None:
+    """Templates leave out without a word what they do not know."""
+    tables = [table for source in gathered.sources for table in source.tables]
+    with_tools, with_reasoning = sum(t.with_tools for t in tables), sum(t.with_reasoning for t in tables)
+    if with_tools and not any("tools" in template for template in templates):
+        findings.warn(f"the chat template leaves out tools; rows that offer some: {with_tools}")
+    if with_reasoning and not any(word in template for template in templates for word in REASONING_WORDS):
+        findings.warn(f"the chat template leaves out reasoning; rows that hold some: {with_reasoning}")

@@ -27,7 +27,7 @@ from tenon.errors import DataError
 from tenon.settings import Settings
 from tenon.values import canonical_json, hash_text
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 RANGE_BYTES = 16 << 20
 ARRAYS = ("offsets", "sizes", "lines", "hashes", "label_ids")
 
@@ -54,7 +54,8 @@ class RowTable:
     """The good rows of a file, n of them, in order.
 
     offsets, sizes: int64, int32, bytes in the JSONL. lines: int64, in the original. hashes: uint64 of `row_hash`.
-    label_ids: int32 into labels, or -1. bad, bad_counts: the first bad rows, and their number by code.
+    label_ids: int32 into labels, or -1. bad, bad_counts: the first bad rows, and their number by code. with_tools,
+    with_reasoning: chats that offer tools, and that hold reasoning.
     """
 
     offsets: np.ndarray
@@ -65,6 +66,8 @@ class RowTable:
     labels: tuple[str, ...]
     bad: tuple[BadRow, ...]
     bad_counts: dict[str, int]
+    with_tools: int
+    with_reasoning: int
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -190,6 +193,8 @@ def _write_index(folder: Path, rows: RowFile, scans: list[Scan]) -> None:
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
     meta = {"labels": list(labels), "bad": list(map(list, bad[:BAD_KEPT])), "bad_counts": bad_counts}
+    meta["with_tools"] = sum(scan.with_tools for scan in scans)
+    meta["with_reasoning"] = sum(scan.with_reasoning for scan in scans)
     (folder / "meta.json").write_bytes(orjson.dumps(meta))
 
 
@@ -203,14 +208,23 @@ def _refuse_bad_encoding(rows: RowFile, bad: list[BadRow], counts: dict[str, int
 def load_table(indexed: IndexedFile) -> RowTable:
     """The arrays of an index, mapped from disk."""
     meta = orjson.loads((indexed.folder / "meta.json").read_bytes())
-    offsets, sizes, lines, hashes, label_ids = (
-        np.load(indexed.folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS
-    )
+    arrays = {name: np.load(indexed.folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
     bad = sorted([*indexed.rows.bad, *(BadRow(*each) for each in meta["bad"])])
     bad_counts = dict(meta["bad_counts"])
     for code, count in indexed.rows.bad_counts:
         bad_counts[code] = bad_counts.get(code, 0) + count
-    return RowTable(offsets, sizes, lines, hashes, label_ids, tuple(meta["labels"]), tuple(bad), bad_counts)
+    return RowTable(
+        offsets=arrays["offsets"],
+        sizes=arrays["sizes"],
+        lines=arrays["lines"],
+        hashes=arrays["hashes"],
+        label_ids=arrays["label_ids"],
+        labels=tuple(meta["labels"]),
+        bad=tuple(bad),
+        bad_counts=bad_counts,
+        with_tools=meta["with_tools"],
+        with_reasoning=meta["with_reasoning"],
+    )
 
 
 class RowReader:

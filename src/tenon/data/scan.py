@@ -21,6 +21,8 @@ from tenon.data.rows import HASH_BYTES, Chat, row_tree
 from tenon.data.spool import BAD_KEPT, BadRow
 
 READ_BYTES = 4 << 20
+# A key in canonical JSON: inside of a string its quotes would be escaped.
+REASONING = b'"reasoning_content":'
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,6 +38,8 @@ class Scan:
     bad: list[BadRow]
     bad_counts: dict[str, int]
     line_count: int
+    with_tools: int
+    with_reasoning: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,8 @@ class _Scanner:
         self._bad: list[BadRow] = []
         self._bad_counts: dict[str, int] = {}
         self._line = 0
+        self._with_tools = 0
+        self._with_reasoning = 0
 
     def scan(self, task: ScanTask) -> Scan:
         with task.path.open("rb", buffering=0) as stream:
@@ -83,7 +89,19 @@ class _Scanner:
         parts = self._parts or [_no_rows()]
         offsets, sizes, lines, hashes, label_ids = (np.concatenate(column) for column in zip(*parts, strict=True))
         labels = [label for label in self._label_ids if label is not None]
-        return Scan(offsets, sizes, lines, hashes, label_ids, labels, self._bad, self._bad_counts, self._line)
+        return Scan(
+            offsets=offsets,
+            sizes=sizes,
+            lines=lines,
+            hashes=hashes,
+            label_ids=label_ids,
+            labels=labels,
+            bad=self._bad,
+            bad_counts=self._bad_counts,
+            line_count=self._line,
+            with_tools=self._with_tools,
+            with_reasoning=self._with_reasoning,
+        )
 
     def _scan_lines(self, lines: list[bytes], position: int, stop: int) -> int:
         """Take the lines that begin before `stop`; the byte position after them."""
@@ -109,10 +127,15 @@ class _Scanner:
                 self._note(raw, number, error)
                 position += size + 1
                 continue
-            label = row.label if type(row) is Chat else None
+            canonical = dumps(row_tree(row), option=sorted_keys)
+            label = None
+            if type(row) is Chat:
+                label = row.label
+                self._with_tools += row.tools is not None
+                self._with_reasoning += REASONING in canonical
             if label not in label_ids:
                 label_ids[label] = len(label_ids) - 1
-            digests.append(blake2b(dumps(row_tree(row), option=sorted_keys), digest_size=HASH_BYTES).digest())
+            digests.append(blake2b(canonical, digest_size=HASH_BYTES).digest())
             offsets.append(position)
             sizes.append(size)
             numbers.append(number)
