@@ -13,6 +13,7 @@ import pytest
 from tenon.errors import RunError
 from tenon.runs.atomic import ASIDE
 from tenon.runs.checkpoints import MANIFEST, Checkpoint, CheckpointStore, checkpoint_name, verify_folder
+from tests.conftest import REPOSITORY
 from tests.runs.writer import FILES, content, fill
 
 KILLS = 20
@@ -32,7 +33,10 @@ def _newest(store: CheckpointStore) -> Checkpoint:
 def _kill_after(folder: Path, first_step: int, *, steps: int, delay_seconds: float) -> list[int]:
     """Start a writer, kill it with SIGKILL `delay_seconds` after it published `steps` more; the steps that it said."""
     writer = subprocess.Popen(
-        [sys.executable, "-m", "tests.runs.writer", str(folder), str(first_step)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "tests.runs.writer", str(folder), str(first_step)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
     )
     assert writer.stdout is not None
     assert writer.stdout.readline() == "ready\n"

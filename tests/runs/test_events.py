@@ -94,6 +94,15 @@ def test_p21_the_curve_is_that_of_the_run_that_never_stopped(path: Path) -> None
     assert [event["loss"] for event in curve(path, "a", kind="validation")] == [0.5] * 4
 
 
+def test_p21_a_run_that_begins_again_forgets_the_life_before(path: Path) -> None:
+    log = EventLog(path)
+    for steps in (7, 3):  # killed before its first checkpoint, then begun again
+        log.emit("start")
+        for step in range(1, steps + 1):
+            log.emit("step", slot="a", step=step)
+    assert [event["step"] for event in curve(path, "a")] == [1, 2, 3]
+
+
 def test_a_step_logged_twice_without_a_resume_counts_once(path: Path) -> None:
     log = EventLog(path)
     for loss in (1.0, 2.0):

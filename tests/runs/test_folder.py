@@ -217,7 +217,7 @@ def test_the_state_follows_from_the_events_when_nobody_holds_the_lock(
     run: RunFolder, kinds: tuple[str, ...], state: RunState
 ) -> None:
     for kind in kinds:
-        run.events.emit(kind, step=7, code="train-nan", text="a loss is not a number")
+        run.events.emit(kind, code="train-nan", text="a loss is not a number")
     now = status(run)
     assert now.state is state
     assert now.reason == ("train-nan: a loss is not a number" if state is RunState.FAILED else "")
@@ -247,6 +247,8 @@ def test_the_status_tells_steps_and_checkpoints(run: RunFolder) -> None:
     run.events.emit("resume", step=2)
     now = status(run)
     assert (now.step, now.checkpoint_step, now.best_steps) == (2, 2, {"a": 2})
+    run.events.emit("start")
+    assert status(run).step == 0
     assert now.started is not None
     assert now.updated is not None
     assert now.started <= now.updated

@@ -188,7 +188,7 @@ def _ranks_and_alphas(
 
 
 class _Pattern:
-    """A table of PEFT's (rank_pattern, alpha_pattern): the first key that the end of a module's name matches decides."""
+    """PEFT's rank_pattern or alpha_pattern: the first key that matches the end of a module's name decides."""
 
     def __init__(self, config: dict[str, Any], key: str, *, default: float, path: Path) -> None:
         self._default = default

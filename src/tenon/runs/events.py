@@ -2,7 +2,7 @@
 
 Every event has `t` (unix seconds) and `kind`. The kinds that this package reads itself:
 
-    start                     the first work on a planned run
+    start                     work begins at step 1: the first time, or again when no checkpoint was left
     resume   step             work goes on after `step`; later steps in the log belong to a life that was lost
     step     slot step loss … one optimiser step of one slot
     validation slot step …    one validation of one slot
@@ -161,6 +161,8 @@ def curve(path: Path, slot: str, *, kind: str = "step") -> list[Event]:
     """
     by_step: dict[int, Event] = {}
     for event in read_events(path):
+        if event["kind"] == "start":
+            by_step.clear()
         step = event.get("step")
         if not isinstance(step, int):
             continue

@@ -69,8 +69,10 @@ def status(run: RunFolder) -> RunStatus:
         kind = event["kind"]
         if kind in _ENDINGS or kind in _BEGINNINGS:
             life = event
-        if kind in {"step", "resume"}:
-            step = max(step, _step(event)) if kind == "step" else _step(event)
+        if kind == "step":
+            step = max(step, _step(event))
+        elif kind in _BEGINNINGS:
+            step = _step(event)
         warnings += kind == "warning"
     holder = holder_of(run.path / "lock")
     state = _state(life, holder.since if holder else None)

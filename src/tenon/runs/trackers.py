@@ -64,8 +64,8 @@ class TensorBoardSink:
 
     def emit(self, event: Event) -> None:
         """Add one point to each curve."""
-        if event["kind"] == "resume" and isinstance(event.get("step"), int):
-            self._purge_from = int(event["step"] or 0) + 1
+        if event["kind"] in {"start", "resume"}:
+            self._purge_from = int(event.get("step") or 0) + 1
         slot, step, points = _points(event)
         if not points:
             return
