@@ -26,7 +26,7 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 figures: $(READY)
-	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.show
 
 test-gpu: $(READY)
 	$(BIN)/pytest -m gpu tests

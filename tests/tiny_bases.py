@@ -86,6 +86,20 @@ VARIANTS: dict[str, Callable[[], PreTrainedConfig]] = {
         mlp_bias=True,
     ),
 }
+# Those that a GGUF file can hold.
+GGUF_VARIANTS = (
+    "llama",
+    "llama-tied",
+    "llama-head-dim",
+    "llama-biases",
+    "llama-rope-llama3",
+    "llama-rope-linear",
+    "qwen2",
+    "qwen2-tied-rope-yarn",
+    "qwen3",
+    "qwen3-tied",
+    "smollm3",
+)
 
 
 def random_model(variant: str, *, seed: int = 0) -> PreTrainedModel:
@@ -95,7 +109,7 @@ def random_model(variant: str, *, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.1 * drawn if "norm" in name else 0.15 * drawn)
+            parameter.copy_(1 + 0.1 * drawn if "norm" in name else 0.1 * drawn)
     return model.eval()
 
 

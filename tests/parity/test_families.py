@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import gguf
-import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -16,79 +15,23 @@ from transformers import PreTrainedModel
 from tenon.bases.families import FAMILIES
 from tenon.bases.locate import locate_base
 from tenon.bases.read import read_facts
-from tenon.batch import NO_SLOT
-from tenon.data.pack import PackOptions, bare_row, pack_rows
 from tenon.models.decoder import Decoder
 from tenon.models.load import load_decoder
-from tenon.models.prepare import prepare_base
 from tenon.settings import Settings
-from tests.tiny_bases import VARIANTS, VOCAB, random_model, save_base, write_gguf
-
-BOUND = 1e-5
-CPU = torch.device("cpu")
-# Longer than every window of the variants; one row of one token; two of equal length, which attend ungathered.
-LENGTHS = (40, 23, 23, 9, 1)
-GGUF_VARIANTS = (
-    "llama",
-    "llama-tied",
-    "llama-head-dim",
-    "llama-biases",
-    "llama-rope-llama3",
-    "llama-rope-linear",
-    "qwen2",
-    "qwen2-tied-rope-yarn",
-    "qwen3",
-    "qwen3-tied",
-    "smollm3",
-)
-
-
-def sample_rows() -> list[list[int]]:
-    draw = np.random.default_rng(0)
-    return [draw.integers(0, VOCAB, length).tolist() for length in LENGTHS]
-
-
-@torch.no_grad()
-def reference_logits(model: PreTrainedModel, rows: list[list[int]]) -> list[torch.Tensor]:
-    return [model(torch.tensor([row])).logits[0] for row in rows]
-
-
-@torch.no_grad()
-def our_logits(decoder: Decoder, rows: list[list[int]]) -> list[torch.Tensor]:
-    """The rows in one batch; logits of each row, in the order given."""
-    packed = [bare_row(NO_SLOT, row) for row in rows]
-    for i, row in enumerate(packed):
-        packed[i] = type(row)(row.slot, row.ids, row.supervised, index=i)
-    (batch,) = pack_rows(packed, PackOptions(10_000, share_prefix=False), CPU)
-    logits = decoder.logits(decoder.forward(batch))
-    found = {
-        index: logits[start:stop]
-        for index, start, stop in zip(batch.rows, batch.cu_seqlens, batch.cu_seqlens[1:], strict=False)
-    }
-    assert sorted(found) == list(range(len(rows)))
-    return [found[i] for i in range(len(rows))]
-
-
-def load_spec(spec: str, settings: Settings) -> Decoder:
-    location = locate_base(spec, settings)
-    folder = prepare_base(location, settings)
-    return load_decoder(folder, read_facts(location), dtype=torch.float32, device=CPU)
+from tests.parity.logits import BOUND, CPU, load_spec, measure, our_logits, reference_logits, sample_rows
+from tests.tiny_bases import GGUF_VARIANTS, VARIANTS, random_model, save_base, write_gguf
 
 
 def assert_equal_logits(decoder: Decoder, model: PreTrainedModel) -> None:
-    rows = sample_rows()
-    expected = reference_logits(model, rows)
-    assert min(float(e.abs().max()) for e in expected) > 0.5, "logits near zero would prove nothing"
-    packed = our_logits(decoder, rows)
-    alone = [our_logits(decoder, [row])[0] for row in rows]
-    for e, p, a in zip(expected, packed, alone, strict=True):
-        assert float((e - a).abs().max()) <= BOUND
-        assert float((e - p).abs().max()) <= BOUND
+    differences = measure(decoder, model)
+    assert differences.scale > 0.5, "logits near zero would prove nothing"
+    assert differences.packed <= BOUND
+    assert differences.alone <= BOUND
 
 
 def test_the_variants_cover_every_family() -> None:
     assert {make().model_type for make in VARIANTS.values()} == {family.name for family in FAMILIES}
-    assert len(VARIANTS) == 19
+    assert (len(VARIANTS), len(GGUF_VARIANTS)) == (19, 11)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
