@@ -43,7 +43,7 @@ def show_report(console: Console, report: Mapping[str, Any]) -> None:
     """What became of every row, and the histogram of lengths."""
     table = Table.grid(padding=(0, 2))
     for source in report["sources"]:
-        table.add_row(Text(f"  {source['role']}", "dim"), Text(source["path"], "bold"), Text(_source_text(source)))
+        table.add_row(Text(f"  {source['role']} source", "dim"), Text(source["path"], "bold"), Text(_source_text(source)))
     for name, value in _counts(report):
         table.add_row(Text(f"  {name}", "dim"), Text(value), "")
     for drop in report["drops"]:
@@ -73,7 +73,7 @@ def show_lengths(console: Console, lengths: Mapping[str, Any]) -> None:
     head = f"  tokens a row: mean {lengths['mean_tokens']:.1f}, median {lengths['median_tokens']:,}"
     console.print(Text(head))
     console.print(table)
-    longest = ", ".join(f"{row['source']} ({row['tokens']:,})" for row in lengths["longest"])
+    longest = ", ".join(f"{row['source']} ({row['tokens']:,})" for row in lengths["longest"][:3])
     if longest:
         console.print(Text.assemble(("  longest: ", "dim"), longest), soft_wrap=True)
 

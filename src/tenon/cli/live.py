@@ -79,6 +79,7 @@ class PlainView:
         self._clock = clock
         self._last = -math.inf
         self._phase = ""
+        self._said = ""
 
     def __enter__(self) -> PlainView:
         return self
@@ -107,8 +108,10 @@ class PlainView:
             self._say_state()
 
     def _say_state(self) -> None:
-        if self._every_seconds < math.inf:
-            self.say(plain_line(self.state))
+        line = plain_line(self.state)
+        if self._every_seconds < math.inf and line != self._said:
+            self._said = line
+            self.say(line)
 
     def say(self, text: str) -> None:
         """One line."""

@@ -1,0 +1,83 @@
+"""`tenon adapters`: list, show, verify, export, import, remove."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from tenon.registry.store import Registry
+from tenon.settings import Settings
+
+from ..registry.samples import DRAFT, write_adapter
+from .conftest import Command
+
+
+@pytest.fixture
+def registry(tmp_path: Path, fake_settings: Settings) -> Registry:
+    """Two versions of `helper`."""
+    registry = Registry(fake_settings.registry)
+    source = write_adapter(tmp_path / "source")
+    registry.register("helper", source, DRAFT)
+    registry.register("helper", source, DRAFT)
+    return registry
+
+
+def test_an_empty_registry_says_what_to_do(tenon: Command) -> None:
+    done = tenon("adapters", "list")
+    assert done.status == 0 and done.out == "" and "tenon train" in done.err
+    assert tenon("adapters", "list", "--json").out == "[]\n"
+
+
+def test_list_and_show(tenon: Command, registry: Registry) -> None:
+    assert [line.split()[0] for line in tenon("adapters", "list").out.splitlines()[1:]] == ["helper@1", "helper@2"]
+    shown = tenon("adapters", "show", "helper").out
+    assert "helper@2" in shown and "b" * 64 in shown and "d" * 64 in shown and "rank 4, alpha 8, scale 2" in shown
+    assert json.loads(tenon("adapters", "show", "helper@1", "--json").out)["version"] == 1
+
+
+def test_verify_finds_a_changed_byte(tenon: Command, registry: Registry) -> None:
+    assert tenon("adapters", "verify").out.splitlines() == ["helper@1: whole", "helper@2: whole"]
+    file = registry.folder(registry.get("helper@2")) / "adapter_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    done = tenon("adapters", "verify")
+    assert done.status == 1 and done.out.splitlines() == ["helper@1: whole"]
+    assert "error[adapter-damaged]" in done.err
+
+
+def test_a_damaged_entry_is_named_and_the_others_listed(tenon: Command, registry: Registry) -> None:
+    (registry.folder(registry.get("helper@1")) / "tenon.json").write_text("{")
+    done = tenon("adapters", "list")
+    assert done.status == 0 and "error[adapter-damaged]" in done.err
+    assert [line.split()[0] for line in done.out.splitlines()[1:]] == ["helper@2"]
+    assert tenon("adapters", "remove", "helper@1", "--yes").out == "removed helper@1\n"
+    assert tenon("adapters", "list").err == ""
+
+
+def test_export_and_import(tenon: Command, registry: Registry, workplace: Path) -> None:
+    assert tenon("adapters", "export", "helper", "out").status == 0
+    assert sorted(place.name for place in (workplace / "out").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    assert "error[adapter-export-not-empty]" in tenon("adapters", "export", "helper", "out").err
+    done = tenon("adapters", "import", "copy", "out", "--base", "smollm2-135m")
+    assert done.out == "copy@1\n"
+    assert registry.get("copy").adapter_hash == registry.get("helper").adapter_hash
+
+
+def test_remove_asks_first(tenon: Command, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    done = tenon("adapters", "remove", "helper")
+    assert done.status == 1 and "remove helper@2 for good?" in done.err
+    assert registry.versions("helper") == (1, 2)
+    assert tenon("adapters", "remove", "helper", "--yes").out == "removed helper@2\n"
+    assert registry.versions("helper") == (1,)
+
+
+def test_an_unknown_adapter(tenon: Command, registry: Registry) -> None:
+    done = tenon("adapters", "show", "helpr")
+    assert done.status == 1 and "error[adapter-unknown]" in done.err and "did you mean helper?" in done.err
