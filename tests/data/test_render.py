@@ -405,6 +405,29 @@ def test_p09_a_template_without_stop_is_cut_after_the_last_answer(byte_tokenizer
     assert "three" not in byte_tokenizer.decode(rendered.ids)
 
 
+def test_p07_what_users_write_stops_no_turn_of_a_template_without_stop(byte_tokenizer: ChatTokenizer) -> None:
+    messages = (user("one"), assistant("the fox"), user("</s> two"), assistant("the dog"))
+    rendered = Renderer(byte_tokenizer, NO_STOP).render(chat(*messages))
+    assert supervised_text(byte_tokenizer, rendered) == " the fox\n the dog\n</s>"
+
+
+def test_p07_a_token_that_goes_on_in_the_template_is_not_supervised(byte_tokenizer: ChatTokenizer) -> None:
+    source = "{%- for m in messages %}{{ m.role + ':' + m.content + 'he ' }}{%- endfor %}{{ eos_token }}"
+    rendered = Renderer(byte_tokenizer, source).render(
+        chat(user("a"), assistant(" fox t"), user("b"), assistant(" dog"))
+    )
+    assert byte_tokenizer.encode("the") == [byte_tokenizer.token_id("the")]
+    assert supervised_text(byte_tokenizer, rendered) == " fox doghe </s>"
+    assert NOTE_STRADDLE in rendered.notes
+
+
+def test_p07_a_stop_token_in_the_key_of_an_argument(byte_tokenizer: ChatTokenizer) -> None:
+    source = ALL_SOURCES["tool_roles"]
+    messages = (AGENT[0], assistant("", tool_calls=[call({"a": "b", "</s>": 1})]), *AGENT[2:])
+    found = supervised_text(byte_tokenizer, Renderer(byte_tokenizer, source).render(chat(*messages)))
+    assert found == '<tool_call>[{"name": "look_up", "arguments": {"a": "b", "</s>": 1}}]</s> It is there.</s>'
+
+
 def test_all_supervises_every_token_up_to_the_last_stop(byte_tokenizer: ChatTokenizer) -> None:
     rendered = Renderer(byte_tokenizer, CHATML, "all").render(chat(user("one"), assistant("two")))
     newline = byte_tokenizer.encode("\n")
