@@ -20,7 +20,7 @@ from tenon.cli.chat_loop import Chat, Names, write_token
 from tenon.plan.requests import Message, Sampling, Subject
 from tenon.registry.entry import EntryDraft
 from tenon.registry.store import Registry
-from tenon.service.plans import describe_base
+from tenon.service.bases import describe_base
 from tenon.service.worker_process import Event
 from tenon.settings import Settings, child_environment
 

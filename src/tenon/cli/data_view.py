@@ -43,7 +43,9 @@ def show_report(console: Console, report: Mapping[str, Any]) -> None:
     """What became of every row, and the histogram of lengths."""
     table = Table.grid(padding=(0, 2))
     for source in report["sources"]:
-        table.add_row(Text(f"  {source['role']} source", "dim"), Text(source["path"], "bold"), Text(_source_text(source)))
+        table.add_row(
+            Text(f"  {source['role']} source", "dim"), Text(source["path"], "bold"), Text(_source_text(source))
+        )
     for name, value in _counts(report):
         table.add_row(Text(f"  {name}", "dim"), Text(value), "")
     for drop in report["drops"]:

@@ -53,17 +53,17 @@ def fields(ctx: typer.Context, as_json: AsJson = False) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from tenon.service.plans import recipe_fields
+    from tenon.recipe.schema import leaf_fields
 
     session = session_of(ctx)
     if as_json:
-        session.write_json([field.model_dump(mode="json") for field in recipe_fields()])
+        session.write_json([field.model_dump(mode="json") for field in leaf_fields()])
         return
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("field", no_wrap=True)
     table.add_column("value", overflow="fold", max_width=40)
     table.add_column("meaning", overflow="fold")
-    for field in recipe_fields():
+    for field in leaf_fields():
         key = Text(field.key, "bold") + Text(" (needed)" if field.required else "", "yellow")
         table.add_row(key, Text(field.kind, "cyan"), Text(field.description))
     session.out.print(table)

@@ -1,4 +1,4 @@
-"""Runs on screen: the list, one run with its curve and its plan against what it took, and how a training ended.
+"""One run on screen: the run with its curve and its plan against what it took, and how a training ended.
 
 This module does not know how a run works.
 """
@@ -6,7 +6,6 @@ This module does not know how a run works.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,39 +15,14 @@ from rich.text import Text
 
 from tenon.cli.progress_state import metrics_text, sparkline
 from tenon.cli.result_view import show_results
+from tenon.cli.run_list_view import STATE_STYLES, run_note, status_tree
 from tenon.cli.session import Session
 from tenon.runs.folder import RunFolder
 from tenon.runs.results import Result
-from tenon.runs.status import RunState, RunStatus
 from tenon.service.runs import RunReport, describe_run, read_results
 from tenon.units import format_bytes, format_count, format_seconds
 
-_STATE_STYLES = {
-    RunState.PLANNED: "dim",
-    RunState.RUNNING: "bold green",
-    RunState.STOPPED: "yellow",
-    RunState.FAILED: "bold red",
-    RunState.FINISHED: "green",
-    RunState.DEAD: "red",
-}
 _CURVE_COLUMNS = 60
-
-
-def runs_table(runs: Sequence[tuple[RunFolder, RunStatus]]) -> Table:
-    """One run a line."""
-    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
-    for head in ("run", "state", "step", "checkpoint", "last event", "note"):
-        table.add_column(head, no_wrap=head != "note")
-    for run, state in runs:
-        table.add_row(
-            Text(run.name, "bold"),
-            Text(state.state, _STATE_STYLES[state.state]),
-            format_count(state.step),
-            "-" if state.checkpoint_step is None else format_count(state.checkpoint_step),
-            "-" if state.updated is None else f"{format_seconds(int(max(0.0, time.time() - state.updated)))} ago",
-            Text(_note(run, state), "dim"),
-        )
-    return table
 
 
 def show_run(console: Console, report: RunReport) -> None:
@@ -59,11 +33,11 @@ def show_run(console: Console, report: RunReport) -> None:
         Text.assemble(
             (report.run.name, "bold"),
             "  ",
-            (state.state, _STATE_STYLES[state.state]),
+            (state.state, STATE_STYLES[state.state]),
             f"  {names} on {report.plan.base.spec}, step {state.step:,}",
         )
     )
-    if note := _note(report.run, state):
+    if note := run_note(report.run, state):
         console.print(Text(f"  {note}", "yellow"), soft_wrap=True)
     for slot, losses in report.losses.items():
         if losses:
@@ -124,11 +98,6 @@ def next_commands(report: RunReport, results: Sequence[Result]) -> list[str]:
     return commands
 
 
-def status_tree(run: RunFolder, state: RunStatus) -> dict[str, Any]:
-    """A run's status for JSON."""
-    return {"path": str(run.path), **dataclasses.asdict(state)}
-
-
 def report_tree(report: RunReport) -> dict[str, Any]:
     """A run's report for JSON."""
     estimate = report.plan.estimate
@@ -143,11 +112,3 @@ def report_tree(report: RunReport) -> dict[str, Any]:
         "actual": dataclasses.asdict(report.actual),
         "results": [result.model_dump(mode="json", exclude={"examples"}) for result in read_results(report.run)],
     }
-
-
-def _note(run: RunFolder, state: RunStatus) -> str:
-    if state.state is RunState.RUNNING:
-        return f"process {state.pid} on {state.host}"
-    if state.state in (RunState.STOPPED, RunState.DEAD):
-        return f"go on: tenon resume {run.path}"
-    return state.reason

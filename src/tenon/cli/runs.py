@@ -17,8 +17,8 @@ def runs(
     as_json: AsJson = False,
 ) -> None:
     """List the runs of a folder with their state, newest first."""
-    from tenon.cli.run_view import runs_table, status_tree
-    from tenon.service.runs import all_runs
+    from tenon.cli.run_list_view import runs_table, status_tree
+    from tenon.service.run_list import all_runs
 
     session = session_of(ctx)
     found = all_runs(root)
@@ -37,7 +37,8 @@ def show(
 ) -> None:
     """Show one run: its state, the curve of its loss, validations, results, and the plan against what it took."""
     from tenon.cli.run_view import report_tree, show_run
-    from tenon.service.runs import describe_run, open_run
+    from tenon.service.run_list import open_run
+    from tenon.service.runs import describe_run
 
     session = session_of(ctx)
     report = describe_run(open_run(run))

@@ -48,7 +48,7 @@ def resume(
     detach: Detach = False,
 ) -> None:
     """Go on with a run that was stopped, killed, or failed: bit for bit as if it had never stopped."""
-    from tenon.service.runs import open_run
+    from tenon.service.run_list import open_run
 
     _follow(session_of(ctx), open_run(run), quiet=quiet, as_json=as_json, detach=detach)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from tenon.errors import AdapterError
 from tenon.registry.entry import Entry, EntryDraft
 from tenon.registry.store import Registry
-from tenon.service.plans import describe_base
 from tenon.settings import Settings
 
 
@@ -44,6 +43,9 @@ def export_entry(name: str, folder: Path, settings: Settings) -> Entry:
 
 def import_folder(name: str, folder: Path, base: str, settings: Settings) -> Entry:
     """Register a PEFT folder that was made elsewhere, for a base that is found and hashed now."""
+    # Only this function needs to know bases, and listing adapters is to be instant.
+    from tenon.service.bases import describe_base
+
     found = describe_base(base, settings)
     return Registry(settings.registry).register(name, folder, EntryDraft(base_spec=base, base_hash=found.base_hash))
 

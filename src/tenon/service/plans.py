@@ -10,17 +10,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from tenon.bases.identity import hash_base
-from tenon.bases.locate import locate_base
-from tenon.bases.read import read_facts
 from tenon.plan.combine import combine
 from tenon.plan.decide import decide
 from tenon.plan.explain import ExplainRow, explain_rows
 from tenon.plan.machine import read_machine
-from tenon.plan.values import BasePlan, Plan
+from tenon.plan.values import Plan
 from tenon.recipe.load import Loaded, load_recipe
-from tenon.recipe.schema import LeafField, leaf_fields
 from tenon.runs.naming import default_run_folder
+from tenon.service.bases import describe_base
 from tenon.service.environment import require_training
 from tenon.service.sizing import measure_data
 from tenon.settings import Settings
@@ -56,26 +53,10 @@ def make_plan(
     return Planned(plan, loaded)
 
 
-def describe_base(spec: str, settings: Settings) -> BasePlan:
-    """Find a base, read what it is, and hash its contents. Raises BaseModelError."""
-    location = locate_base(spec, settings)
-    return BasePlan(
-        spec=location.spec,
-        path=str(location.path),
-        base_hash=hash_base(location, settings),
-        facts=read_facts(location),
-    )
-
-
 def explain(recipe: Path, overrides: Sequence[str], settings: Settings) -> tuple[ExplainRow, ...]:
     """Every value of one recipe with where it came from. Raises as `make_plan`."""
     planned = make_plan([recipe], overrides, settings)
     return explain_rows(planned.loaded[0], planned.plan)
-
-
-def recipe_fields() -> tuple[LeafField, ...]:
-    """Every field that a recipe may have."""
-    return leaf_fields()
 
 
 def _plan_one(loaded: Loaded, settings: Settings) -> Plan:

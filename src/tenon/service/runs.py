@@ -1,4 +1,4 @@
-"""Looking at runs: which there are, how far each is, how it went against its plan.
+"""Looking at one run: its plan, how far it is, how it went against its plan.
 
 This module does not know screens.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -15,11 +14,8 @@ from tenon.errors import RunError
 from tenon.plan.values import Plan
 from tenon.runs.events import Event, curve
 from tenon.runs.folder import RunFolder
-from tenon.runs.naming import find_run, list_runs
 from tenon.runs.results import Result
 from tenon.runs.status import RunStatus, status
-
-RUNS_ROOT = Path("runs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +40,6 @@ class RunReport:
     actual: Actual
     registered: tuple[str, ...]
     warnings: tuple[str, ...]
-
-
-def open_run(spec: str, root: Path = RUNS_ROOT) -> RunFolder:
-    """The run that a user means. Raises RunError (see `find_run`)."""
-    return find_run(spec, root)
-
-
-def all_runs(root: Path = RUNS_ROOT) -> list[tuple[RunFolder, RunStatus]]:
-    """The runs under a folder with their states, newest first."""
-    return [(run, status(run)) for run in list_runs(root)]
 
 
 def read_plan(run: RunFolder) -> Plan:

@@ -22,8 +22,9 @@ from tenon.registry.store import Registry
 from tenon.runs.checkpoints import hash_file
 from tenon.runs.folder import RunFolder
 from tenon.runs.naming import find_run
-from tenon.service.plans import describe_base
-from tenon.service.runs import RUNS_ROOT, read_plan
+from tenon.service.bases import describe_base
+from tenon.service.run_list import RUNS_ROOT
+from tenon.service.runs import read_plan
 from tenon.settings import Settings
 from tenon.values import canonical_json, hash_text
 
