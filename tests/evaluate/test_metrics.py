@@ -10,12 +10,11 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU
 
-from tenon.errors import RecipeError
 from tenon.evaluate.json_fields import field_accuracy, is_json
 from tenon.evaluate.labels import NO_LABEL, confusion, named_label
 from tenon.evaluate.metrics import measure, measure_difference, row_scores
 from tenon.evaluate.text import BleuScorer, exact, rouge_l, without_reasoning
-from tenon.runs.metric_table import DEFAULT_METRICS, METRICS, choose_metrics, metric_facts
+from tenon.runs.metric_table import METRICS, metric_facts
 from tenon.runs.results import Example
 
 WORDS = [
@@ -175,30 +174,3 @@ def test_every_metric_measures_compares_and_can_do_without_intervals(name: str) 
     if name not in ("json_valid", "bleu"):  # [] is valid JSON; one word has no 4-gram
         assert difference.value != 0
         assert (difference.value > 0) == metric_facts(name).higher_is_better
-
-
-def test_the_table_names_nine_metrics_and_defaults_are_among_them() -> None:
-    assert len(METRICS) == 9
-    assert all(task in METRICS[name].tasks for task, names in DEFAULT_METRICS.items() for name in names)
-
-
-@pytest.mark.parametrize(
-    ("name", "near"), [("rougeL", "rouge_l"), ("macro-f1", "macro_f1"), ("acuracy", "accuracy"), ("xyz", "perplexity")]
-)
-def test_an_unknown_metric_is_refused_with_the_nearest_names(name: str, near: str) -> None:
-    with pytest.raises(RecipeError, match="recipe-metric-unknown") as caught:
-        choose_metrics(("loss", name), "text")
-    assert near in caught.value.hint
-
-
-def test_a_metric_that_does_not_apply_is_refused() -> None:
-    with pytest.raises(RecipeError, match="recipe-metric-inapplicable") as caught:
-        choose_metrics(("accuracy",), "text")
-    assert "rouge_l" in caught.value.hint
-    assert "accuracy" not in caught.value.hint
-
-
-def test_the_loss_is_always_measured() -> None:
-    assert choose_metrics(("bleu",), "text") == ("bleu", "loss")
-    assert choose_metrics(("loss",), "text") == ("loss",)
-    assert choose_metrics((), "labels") == DEFAULT_METRICS["labels"]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenon.errors import PlanError
+from tenon.errors import PlanError, RecipeError
 from tenon.plan.decide import decide
 from tenon.plan.memory import activation_bytes_per_token, adapter_parameters
 from tenon.plan.size import DataSize, count_steps
@@ -207,6 +207,14 @@ def test_validation_and_evaluation_need_rows() -> None:
     assert not plan_of("evaluate.metrics=[]").slots[0].evaluation.enabled
     slot = plan_of("evaluate.data=t.jsonl", "evaluate.metrics=[loss, accuracy]").slots[0]
     assert slot.evaluation.metrics == ("loss", "accuracy")
+
+
+@pytest.mark.parametrize("override", ["validation.metric=acuracy", "evaluate.metrics=[loss, acuracy]"])
+def test_unknown_metrics_are_refused_before_anything_is_loaded(override: str) -> None:
+    with pytest.raises(RecipeError, match="recipe-metric-unknown") as caught:
+        plan_of(override, "evaluate.data=t.jsonl")
+    assert override.split("=")[0] in caught.value.what
+    assert "accuracy" in caught.value.hint
 
 
 def test_batches_in_tokens() -> None:

@@ -80,7 +80,9 @@ def _sentence(a: Result, b: Result, differences: Sequence[Difference]) -> str:
     names = f"{_who(b.subject)} and {_who(a.subject)}"
     if not differences:
         return f"{names} have no metric in common"
-    first, others = differences[0], differences[1:]
+    # Perplexity says again what the loss says.
+    named = {d.name for d in differences}
+    first, others = differences[0], [d for d in differences[1:] if not (d.name == "perplexity" and "loss" in named)]
     rows = len(judged(first.name, a.examples))
     counted = f"{rows} row" + ("s" if rows != 1 else "")
     if not first.significant:

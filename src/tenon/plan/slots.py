@@ -28,6 +28,7 @@ from tenon.plan.values import (
 )
 from tenon.recipe.load import Loaded
 from tenon.recipe.schema import Source
+from tenon.runs.metric_table import metric_facts
 
 OptimizerKind = Literal["adamw", "sgd", "adamw8bit"]
 ScheduleKind = Literal["cosine", "cosine_restarts", "linear", "constant", "wsd"]
@@ -245,8 +246,10 @@ def _warmup_share(choices: Choices, asked: float | None, steps: int) -> float:
 
 
 def decide_validation(loaded: Loaded, choices: Choices, *, rows: int, steps: int) -> ValidationPlan:
-    """How often and on how many rows; nothing without validation rows."""
+    """How often and on how many rows; nothing without validation rows. Raises RecipeError recipe-metric-unknown."""
     asked = loaded.recipe.validation
+    if asked.metric is not None:
+        metric_facts(asked.metric, key="validation.metric")
     every = max(1, round(steps / 10)) if rows else 0
     reason = "a tenth of the run" if rows else "there are no validation rows"
     patience = choices.default("validation.patience", asked.patience)
@@ -261,8 +264,13 @@ def decide_validation(loaded: Loaded, choices: Choices, *, rows: int, steps: int
 
 
 def decide_evaluation(loaded: Loaded, choices: Choices, *, validation_rows: int, max_new_tokens: int) -> EvaluationPlan:
-    """What is measured after training; nothing when there are no rows for it, or the recipe names no metric."""
+    """What is measured after training; nothing when there are no rows for it, or the recipe names no metric.
+
+    Raises RecipeError recipe-metric-unknown.
+    """
     asked = loaded.recipe.evaluate
+    for name in asked.metrics or ():
+        metric_facts(name, key="evaluate.metrics")
     has_rows = asked.data is not None or validation_rows > 0
     choices.default("evaluate.data", asked.data and tuple(source.path for source in asked.data))
     reason = "chosen by the kind of rows" if has_rows else "there are no rows to evaluate on"

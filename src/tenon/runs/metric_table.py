@@ -57,8 +57,10 @@ DEFAULT_METRICS: dict[Task, tuple[str, ...]] = {
 }
 
 
-def metric_facts(name: str) -> MetricFacts:
-    """The metric of that name. Raises RecipeError recipe-metric-unknown with the nearest names."""
+def metric_facts(name: str, *, key: str = "") -> MetricFacts:
+    """The metric of that name. key: where it was asked for. Raises RecipeError recipe-metric-unknown with the nearest
+    names.
+    """
     found = METRICS.get(name)
     if found is not None:
         return found
@@ -66,7 +68,7 @@ def metric_facts(name: str) -> MetricFacts:
     near = difflib.get_close_matches(plain, METRICS, n=2, cutoff=0.5)
     raise RecipeError(
         "recipe-metric-unknown",
-        "there is no metric of that name",
+        f"{key}: there is no metric of that name" if key else "there is no metric of that name",
         got=name,
         hint=f"did you mean {' or '.join(near)}?" if near else f"the metrics are {', '.join(METRICS)}",
     )
