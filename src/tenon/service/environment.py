@@ -16,7 +16,6 @@ OLDEST: dict[str, str] = {"torch": "2.11", "transformers": "5.17"}
 NEEDED = (
     "gguf",
     "jinja2",
-    "numpy",
     "orjson",
     "psutil",
     "pyarrow",

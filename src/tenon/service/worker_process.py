@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +153,7 @@ def start_worker(kind: str, target: Path | None, *, settings: Settings, log: Pat
     return Worker(process, log)
 
 
-def ask_worker(kind: str, request: Value, *, settings: Settings) -> Iterator[Event]:
+def ask_worker(kind: str, request: Value, *, settings: Settings) -> Generator[Event]:
     """Have one request answered, as events. Raises what the worker raised. Leaving early stops the worker."""
     log = worker_log(kind, settings)
     worker = start_worker(kind, None, settings=settings, log=log)

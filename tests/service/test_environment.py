@@ -1,0 +1,62 @@
+"""Whether this installation can compute: missing packages and old versions are one clear error each."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+
+from tenon.errors import PlanError, TenonError, UsageError
+from tenon.service.environment import NEEDED, OLDEST, require_training
+
+PROJECT = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())
+
+
+def refusal(**versions: str | None) -> TenonError:
+    """What is said of an installation with these versions; the rest is there and new."""
+
+    def version_of(name: str) -> str:
+        version = versions.get(name, "99.0")
+        if version is None:
+            raise PackageNotFoundError(name)
+        return version
+
+    with pytest.raises(TenonError) as error:
+        require_training(version_of)
+    return error.value
+
+
+def test_this_installation_can_compute() -> None:
+    require_training()
+
+
+def test_a_missing_extra_names_the_command() -> None:
+    error = refusal(torch=None, pyarrow=None)
+    assert isinstance(error, UsageError) and error.code == "usage-extra-missing"
+    assert error.got == "no pyarrow, torch" and error.hint == "pip install 'tenonlm[train]'"
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "2.9.0+cu128", "1.13.1"])
+def test_an_old_torch(version: str) -> None:
+    error = refusal(torch=version)
+    assert isinstance(error, PlanError) and error.code == "plan-torch-version" and version in error.got
+    assert "torch>=2.11" in error.hint
+
+
+def test_an_old_transformers() -> None:
+    assert refusal(transformers="5.16.9").code == "plan-transformers-version"
+
+
+def test_the_oldest_versions_do() -> None:
+    require_training(lambda name: {"torch": "2.11.0+cpu", "transformers": "5.17"}.get(name, "99"))
+
+
+def test_the_train_extra_names_the_same_packages_and_versions() -> None:
+    extra = PROJECT["project"]["optional-dependencies"]["train"]
+    named = {re.split(r"[<>=]", requirement)[0]: requirement for requirement in extra}
+    assert set(NEEDED) <= set(named)
+    for name, oldest in OLDEST.items():
+        assert named[name] == f"{name}>={oldest}"
