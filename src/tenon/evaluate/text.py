@@ -1,7 +1,8 @@
 """Free answers against expected ones: exact match, ROUGE-L, BLEU; in English and in languages without spaces.
 
 Sources: ROUGE-L is Lin 2004, by the rouge-score package; BLEU is Papineni et al. 2002, by sacrebleu (13a tokens, or its
-`zh` tokens where the expected answers are mostly Chinese). This module does not know rows or models.
+`zh` tokens where the expected answers are Chinese). Both packages are imported where they are used: comparing two
+results seldom needs them. This module does not know rows or models.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import Tokenizer
-from sacrebleu.metrics.bleu import BLEU
 
 if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics.bleu import BLEU
+
     from tenon.stats import FloatArray, Statistic
 
 _REASONING_END = "</think>"
@@ -38,24 +40,29 @@ def exact(expected: str, got: str) -> float:
     return float(expected.strip() == got.strip())
 
 
-class _WordTokenizer(Tokenizer):
+class _WordTokenizer:
     """Words in lower case, and each Chinese, Japanese or Korean character by itself.
 
     On ASCII text the same words as the package's own tokenizer, which drops every other letter.
     """
 
     def tokenize(self, text: str) -> list[str]:
+        """The words of a text."""
         return _WORDS.findall(text.lower())
 
 
-_ROUGE = RougeScorer(["rougeL"], tokenizer=_WordTokenizer())
+@cache
+def _rouge() -> RougeScorer:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], tokenizer=_WordTokenizer())
 
 
 def rouge_l(expected: str, got: str) -> float:
     """F1 of the longest common subsequence of words, 0 to 1. Two texts without any word are equal: 1."""
     if not _WORDS.search(expected.lower()):
         return exact(expected, got)
-    return float(_ROUGE.score(expected, got)["rougeL"].fmeasure)
+    return float(_rouge().score(expected, got)["rougeL"].fmeasure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +91,16 @@ class BleuScorer:
 
         def statistic(weights_BN: FloatArray) -> FloatArray:
             sums_BC = np.rint(weights_BN @ counts_NC).astype(int)
-            return np.array([_corpus_bleu(sums_C.tolist()) for sums_C in sums_BC])
+            return np.array([_corpus_bleu(scorer, sums_C.tolist()) for sums_C in sums_BC])
 
         return statistic
 
     def _sentences(self) -> BLEU:
+        from sacrebleu.metrics.bleu import BLEU
+
         return BLEU(tokenize=self.tokens, effective_order=True)
 
 
-def _corpus_bleu(sums: list[int]) -> float:
+def _corpus_bleu(scorer: BLEU, sums: list[int]) -> float:
     """BLEU of n-gram matches (1 to 4), n-grams (1 to 4), length, reference length."""
-    return float(BLEU.compute_bleu(sums[:4], sums[4:8], sums[8], sums[9], smooth_method="exp").score)
+    return float(scorer.compute_bleu(sums[:4], sums[4:8], sums[8], sums[9], smooth_method="exp").score)
