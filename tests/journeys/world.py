@@ -104,23 +104,10 @@ def make_world(root: Path, *, rows: int = 120, recipe: str = RECIPE) -> World:
 def write_rows(path: Path, count: int, *, seed: int = 0) -> None:
     """Distinct chats: the answer repeats the question's words."""
     draw = random.Random(seed)
-    words = [
-        "the",
-        "house",
-        "lake",
-        "then",
-        "there",
-        "when",
-        "others",
-        "were",
-        "home",
-        "leather",
-        "weather",
-        "together",
-    ]
+    words = ("the", "house", "lake", "then", "there", "when", "others", "were", "home", "leather", "weather", "together")
     lines = []
     for number in range(count):
-        said = " ".join(draw.choice(words.split()) for _ in range(draw.randint(2, 9))) + f" {number}"
+        said = " ".join(draw.choice(words) for _ in range(draw.randint(2, 9))) + f" {number}"
         messages = [{"role": "user", "content": said}, {"role": "assistant", "content": said.upper()}]
         lines.append(json.dumps({"messages": messages}))
     path.write_text("\n".join(lines) + "\n")
