@@ -104,7 +104,7 @@ def make_world(root: Path, *, rows: int = 120, recipe: str = RECIPE) -> World:
 def write_rows(path: Path, count: int, *, seed: int = 0) -> None:
     """Distinct chats: the answer repeats the question's words."""
     draw = random.Random(seed)
-    words = ("the", "house", "lake", "then", "there", "when", "others", "were", "home", "leather", "weather", "together")
+    words = ("the", "house", "lake", "then", "there", "when", "were", "home", "leather", "weather", "together")
     lines = []
     for number in range(count):
         said = " ".join(draw.choice(words) for _ in range(draw.randint(2, 9))) + f" {number}"
