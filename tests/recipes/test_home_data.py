@@ -91,11 +91,11 @@ def test_the_wording_is_varied(generator: ModuleType) -> None:
     assert len({row.said.split()[0].lower() for row in train}) >= 150
 
 
-def test_most_of_the_test_uses_wordings_that_train_never_has(generator: ModuleType) -> None:
+def test_half_of_the_test_uses_wordings_that_train_never_has(generator: ModuleType) -> None:
     train, test = generator.build()
     known = {row.wording.text for row in train}
     unseen = [row for row in test if row.wording.text not in known]
-    assert len(unseen) == 119
+    assert len(unseen) == 100
     assert len({row.wording for row in unseen}) >= 80
 
 
