@@ -57,16 +57,22 @@ def _attend_group(
     v_GKCE = _rows(v_TKE, group.context_GC, group)
     queries, contexts = q_GHQE.shape[2], k_GKCE.shape[2]
     masked = group.offset > 0 or 0 < window < contexts
-    out_GHQE = functional.scaled_dot_product_attention(
-        q_GHQE,
-        k_GKCE,
-        v_GKCE,
-        attn_mask=causal_mask(queries, contexts, group.offset, window, q_THE.device) if masked else None,
-        is_causal=not masked,
-        scale=scale,
-        enable_gqa=q_THE.shape[1] != k_TKE.shape[1],
-    )
+    mask_QC = causal_mask(queries, contexts, group.offset, window, q_THE.device) if masked else None
+    out_GHQE = fused_attention(q_GHQE, k_GKCE, v_GKCE, mask_QC, scale=scale, causal=not masked)
     return out_GHQE.transpose(1, 2).reshape(-1, *q_THE.shape[1:])
+
+
+def fused_attention(q_GHQE: Tensor, k_GKCE: Tensor, v_GKCE: Tensor, mask: Tensor | None, *, scale: float) -> Tensor:
+    """torch's fused attention (G, H, Q, E). mask: True where a query sees a context; None: all, or from 0 when causal."""
+    grouped = q_GHQE.shape[1] != k_GKCE.shape[1]
+    if grouped and mask is not None and q_GHQE.is_cuda:
+        # No fused CUDA kernel takes a mask and grouped heads at once; repeated heads keep off the unfused one.
+        heads = q_GHQE.shape[1] // k_GKCE.shape[1]
+        k_GKCE, v_GKCE = k_GKCE.repeat_interleave(heads, dim=1), v_GKCE.repeat_interleave(heads, dim=1)
+        grouped = False
+    return functional.scaled_dot_product_attention(
+        q_GHQE, k_GKCE, v_GKCE, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
 
 
 def _rows(x_THE: Tensor, index_GL: Tensor | None, group: AttentionGroup) -> Tensor:

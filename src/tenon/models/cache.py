@@ -14,9 +14,9 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tenon.bases.facts import ModelFacts
+from tenon.models.attention import fused_attention
 
 # Places attend together while the one with fewer new tokens has at least this share of the other's, or lacks at most
 # so many of them.
@@ -94,13 +94,12 @@ class CachedAttention:
         keys_NLKE[self._place_T, self.positions_T] = k_TKE
         values_NLKE[self._place_T, self.positions_T] = v_TKE
         outputs = [
-            functional.scaled_dot_product_attention(
+            fused_attention(
                 group.queries(q_THE),
                 group.contexts(keys_NLKE),
                 group.contexts(values_NLKE),
-                attn_mask=group.mask(window),
+                group.mask(window),
                 scale=scale,
-                enable_gqa=q_THE.shape[1] != k_TKE.shape[1],
             )
             .transpose(1, 2)
             .reshape(-1, *q_THE.shape[1:])

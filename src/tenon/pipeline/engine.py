@@ -62,6 +62,8 @@ def load_workbench(folder: Path, base: BasePlan, machine: MachineFacts, precisio
             hint="run on a machine with a GPU, or plan with device=cpu",
         )
     torch.set_num_threads(machine.threads)
+    # cuDNN plans anew for every new shape (about 170 ms), and packed rows bring new shapes all the time.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     device, dtype = torch.device(machine.device), DTYPES[precision]
     decoder = load_decoder(folder, base.facts, dtype=dtype, device=device)
     return Workbench(folder, decoder, AdapterBank(base.facts, dtype=dtype, device=device))
