@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from benchmarks.report import REPOSITORY, Row, at_least, write
 from tenon.bases.locate import locate_base
 from tenon.models.prepare import prepare_base
-from tenon.settings import Settings, read_settings
+from tenon.settings import read_settings
 
 RANK, ALPHA, LR, ROWS, EPOCHS, WARMUP = 16, 32, 1e-3, 32, 3, 0.05
 # Share of points that TRL's score may be above ours.
@@ -39,6 +40,14 @@ class Scored:
     accuracy: float
     macro_f1: float
     seconds: float
+    steps: int
+    versions: dict[str, str]
+
+
+def keep(path: Path, measure: Callable[[], Scored]) -> None:
+    """Measure, unless an earlier call did."""
+    if not path.is_file():
+        path.write_text(json.dumps(asdict(measure())))
 
 
 def main() -> None:
@@ -50,15 +59,29 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--rows", type=int, default=0)
     parser.add_argument("--device", default="", help="what to write as the device")
+    parser.add_argument("--work", type=Path, help="keep what is made here, and take up what a stopped run left")
+    parser.add_argument("--only", choices=["ours", "trl"], help="stop after this system")
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
-        settings = read_settings()
-        train = take_rows(a.data / "train.csv", a.rows, root)
-        ours, folder = run_ours(a.base, train, a.data / "test.csv", root, settings)
-        theirs, versions = run_trl(a, folder, train, root)
+        root = a.work or Path(name)
+        root.mkdir(parents=True, exist_ok=True)
+        measure_all(a, root)
+
+
+def measure_all(a: argparse.Namespace, root: Path) -> None:
+    """Both systems, each kept as a file of the work folder, then the result."""
+    settings = read_settings()
+    train = take_rows(a.data / "train.csv", a.rows, root)
+    folder = prepare_base(locate_base(a.base, settings), settings)
+    if a.only != "trl":
+        keep(root / "ours.json", lambda: run_ours(a.base, train, a.data / "test.csv", root))
+    if a.only != "ours":
+        keep(root / "trl.json", lambda: run_trl(a, folder, train, root))
+    if a.only:
+        return
+    ours, theirs = (Scored(**json.loads((root / name).read_text())) for name in ("ours.json", "trl.json"))
     rows = [
-        Row("train rows", len(read_csv(train)) if a.rows else 10_003, "rows"),
+        Row("train rows", len(read_csv(train)), "rows"),
         at_least("accuracy, Tenon", ours.accuracy, "share", theirs.accuracy - MARGIN),
         Row("accuracy, TRL + PEFT", theirs.accuracy, "share"),
         at_least("macro-F1, Tenon", ours.macro_f1, "share", theirs.macro_f1 - MARGIN),
@@ -66,8 +89,9 @@ def main() -> None:
         Row("training process, Tenon", ours.seconds, "s"),
         Row("training process, TRL + PEFT", theirs.seconds, "s"),
     ]
+    rows += [Row(f"steps of {name}", one.steps, "steps") for name, one in (("Tenon", ours), ("TRL + PEFT", theirs))]
     kind = "gpu" if torch.cuda.is_available() else "cpu"
-    path = write(f"spine_banking77_{kind}", rows, device=a.device or None, versions=versions)
+    path = write(f"spine_banking77_{kind}", rows, device=a.device or None, versions=theirs.versions)
     for row in rows:
         print(f"{row.what}: {row.value:.4f} {row.unit}" + ("" if row.met is None else " ok" if row.met else " SHORT"))
     print(path)
@@ -108,9 +132,8 @@ def tenon(*words: str, environment: dict[str, str]) -> str:
     return done.stdout
 
 
-def run_ours(base: str, train: Path, test: Path, root: Path, settings: Settings) -> tuple[Scored, Path]:
-    """Train and judge by the shipped recipe; returns the figures and the base's prepared folder."""
-    folder = prepare_base(locate_base(base, settings), settings)
+def run_ours(base: str, train: Path, test: Path, root: Path) -> Scored:
+    """Train and judge by the shipped recipe."""
     run = root / "run"
     environment = dict(os.environ)
     tenon(
@@ -123,10 +146,11 @@ def run_ours(base: str, train: Path, test: Path, root: Path, settings: Settings)
     begun = next(e["t"] for e in events if e["kind"] == "start")
     judged = next(e["t"] for e in events if e["kind"] == "phase" and e["name"] == "evaluate")
     figures = next(e for e in events if e["kind"] == "evaluated" and e["subject"] != "base")
-    return Scored(figures["accuracy"], figures["macro_f1"], judged - begun), folder
+    steps = sum(e["kind"] == "step" for e in events)
+    return Scored(figures["accuracy"], figures["macro_f1"], judged - begun, steps, {})
 
 
-def run_trl(a: argparse.Namespace, folder: Path, train: Path, root: Path) -> tuple[Scored, dict[str, str]]:
+def run_trl(a: argparse.Namespace, folder: Path, train: Path, root: Path) -> Scored:
     """Train with TRL in its own process; its adapter is judged by Tenon."""
     rows = read_csv(train)
     data, out = root / "rows.jsonl", root / "trl"
@@ -151,7 +175,7 @@ def run_trl(a: argparse.Namespace, folder: Path, train: Path, root: Path) -> tup
         )
     )
     figures = {metric["name"]: metric["value"] for metric in found["results"][0]["metrics"]}
-    return Scored(figures["accuracy"], figures["macro_f1"], seconds), peer["versions"]
+    return Scored(figures["accuracy"], figures["macro_f1"], seconds, len(peer["seconds"]), peer["versions"])
 
 
 if __name__ == "__main__":
