@@ -62,8 +62,13 @@ def _attend_group(
     return out_GHQE.transpose(1, 2).reshape(-1, *q_THE.shape[1:])
 
 
-def fused_attention(q_GHQE: Tensor, k_GKCE: Tensor, v_GKCE: Tensor, mask: Tensor | None, *, scale: float) -> Tensor:
-    """torch's fused attention (G, H, Q, E). mask: True where a query sees a context; None: all, or from 0 when causal."""
+def fused_attention(
+    q_GHQE: Tensor, k_GKCE: Tensor, v_GKCE: Tensor, mask: Tensor | None, *, scale: float, causal: bool = False
+) -> Tensor:
+    """torch's fused attention (G, H, Q, E).
+
+    mask: True where a query sees a context; None: it sees all, or when causal those up to its own place.
+    """
     grouped = q_GHQE.shape[1] != k_GKCE.shape[1]
     if grouped and mask is not None and q_GHQE.is_cuda:
         # No fused CUDA kernel takes a mask and grouped heads at once; repeated heads keep off the unfused one.
