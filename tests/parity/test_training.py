@@ -169,7 +169,8 @@ def test_pefts_files_in_ours(base: Path, tmp_path: Path, kind: str) -> None:
     }[kind]
     torch.manual_seed(5)
     config = LoraConfig(r=4, lora_alpha=7, task_type="CAUSAL_LM", init_lora_weights=False, **options)  # type: ignore[arg-type]
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config).save_pretrained(tmp_path)
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    theirs.save_pretrained(str(tmp_path))
     facts, decoder = open_base(base)
     bank = AdapterBank(facts, dtype=torch.float32, device=CPU)
     slot = load_adapter(bank, "theirs", read_adapter(tmp_path))
@@ -195,7 +196,9 @@ def spoil(folder: Path, how: str) -> None:
     elif how == "target":
         config["target_modules"].append("lm_head")
     elif how == "layer":
+        # Whole in itself, but of a deeper base.
         tensors = {name.replace("layers.2.", "layers.9."): tensor for name, tensor in tensors.items()}
+        config["layers_to_transform"] = [0, 1, 9]
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config))
     if how == "truncated":

@@ -45,22 +45,41 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...]], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class AdapterFacts:
-    """What an adapter's files say. rank, alpha, scale: of most of its matrices; sites: adapted matrices, sorted."""
+    """What an adapter's files say. rank, alpha, scale: of most of its matrices; sites: adapted matrices, sorted.
+
+    ranks_and_scales: of every site, (rank, factor on B A x).
+    """
 
     rank: int
     alpha: float
     scale: float
     targets: tuple[str, ...]
     sites: tuple[str, ...]
+    ranks_and_scales: dict[str, tuple[int, float]]
     parameters: int
     config: dict[str, Any]
 
 
 def check_adapter(folder: Path) -> AdapterFacts:
-    """Check an adapter folder and say what it is.
+    """Check an adapter folder that is to be kept, and say what it is: `describe_adapter`, and no pickle beside it.
 
-    Raises AdapterError adapter-missing, adapter-pickle, adapter-too-large, adapter-config, adapter-unsupported,
-    adapter-rank, adapter-tensors, adapter-not-finite, each naming the file and what is wrong in it.
+    Raises AdapterError adapter-pickle, and those of `describe_adapter`.
+    """
+    pickles = sorted(place.name for place in folder.glob("*") if place.suffix in _PICKLES) if folder.is_dir() else []
+    if pickles:
+        raise AdapterError(
+            "adapter-pickle",
+            f"{folder}: {pickles[0]} is a pickle, which can run code when it is loaded",
+            hint=f"keep only {CONFIG_NAME} and {TENSORS_NAME}; PEFT's save_pretrained writes them",
+        )
+    return describe_adapter(folder)
+
+
+def describe_adapter(folder: Path) -> AdapterFacts:
+    """Check the two files of an adapter and say what they hold; whatever else lies in the folder is not looked at.
+
+    Raises AdapterError adapter-missing, adapter-too-large, adapter-config, adapter-unsupported, adapter-rank,
+    adapter-tensors, adapter-not-finite, each naming the file and what is wrong in it.
     """
     _check_files(folder)
     config = _read_config(folder / CONFIG_NAME)
@@ -68,7 +87,7 @@ def check_adapter(folder: Path) -> AdapterFacts:
     try:
         tensors = read_header(path)
     except ValueError as error:
-        raise _tensor_error(path, str(error)) from error
+        raise _tensor_error(path, f"cannot be read: {error}") from error
     pairs = _pairs(path, tensors)
     sizes = _ranks_and_alphas(folder, config, pairs)
     _check_promised(path, config, set(pairs))
@@ -79,27 +98,27 @@ def check_adapter(folder: Path) -> AdapterFacts:
             f"{path}: tensor {broken} holds NaN or infinity",
             hint="take an earlier version of the adapter, or train again with a lower learning rate",
         )
+    root = bool(config.get("use_rslora"))
     (rank, alpha), _ = Counter(sizes.values()).most_common(1)[0]
     modules = {site.rsplit(".", 1)[1] for site in pairs}
     return AdapterFacts(
         rank=rank,
         alpha=alpha,
-        scale=alpha / (rank**0.5 if config.get("use_rslora") else rank),
+        scale=_scale(rank, alpha, root=root),
         targets=tuple(module for module in MODULE_PATHS if module in modules),
         sites=tuple(sorted(pairs)),
+        ranks_and_scales={site: (r, _scale(r, a, root=root)) for site, (r, a) in sizes.items()},
         parameters=sum(a.shape[0] * a.shape[1] + b.shape[0] * b.shape[1] for a, b in pairs.values()),
         config=config,
     )
 
 
+def _scale(rank: int, alpha: float, *, root: bool) -> float:
+    """The factor on B A x: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+    return alpha / (rank**0.5 if root else rank)
+
+
 def _check_files(folder: Path) -> None:
-    pickles = sorted(place.name for place in folder.glob("*") if place.suffix in _PICKLES) if folder.is_dir() else []
-    if pickles:
-        raise AdapterError(
-            "adapter-pickle",
-            f"{folder}: {pickles[0]} is a pickle, which can run code when it is loaded",
-            hint=f"keep only {CONFIG_NAME} and {TENSORS_NAME}; PEFT's save_pretrained writes them",
-        )
     for name, most_bytes in ((CONFIG_NAME, _MAX_CONFIG_BYTES), (TENSORS_NAME, MAX_FILE_BYTES)):
         path = folder / name
         if not path.is_file():
@@ -204,7 +223,7 @@ class _Pattern:
         if not _PLAIN_PATTERN.fullmatch(text) or len(_REPEATS.findall(text)) > 3:
             raise _config_error(path, f"has a {key} that is too complicated", got=text[:100])
         try:
-            return re.compile(rf"(.*\.)?({text.removeprefix('^')})")
+            return re.compile(rf"(.*\.)?({text})")
         except re.error as error:
             raise _config_error(path, f"has a bad {key}", got=text[:100]) from error
 
