@@ -56,6 +56,8 @@ def read_settings(environ: dict[str, str] | None = None) -> Settings:
 def child_environment(settings: Settings) -> dict[str, str]:
     """The environment for a process that is to have these settings: this process's own, with them written in."""
     return {
+        # Threads that wait for each other by spinning are many times slower as soon as anything else wants a core.
+        "OMP_WAIT_POLICY": "PASSIVE",
         **os.environ,
         "TENON_HOME": str(settings.home),
         "TENON_CACHE": str(settings.cache),

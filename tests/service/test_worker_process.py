@@ -23,7 +23,7 @@ from tenon.errors import (
 )  # fmt: skip
 from tenon.plan.requests import GenerateRequest, Prompt, Sampling
 from tenon.service.worker_process import ask_worker, revive_error, start_worker
-from tenon.settings import Settings
+from tenon.settings import Settings, child_environment, read_settings
 
 from ..worker.test_loop import BASE, ENGINE
 
@@ -105,3 +105,19 @@ def test_p24_work_that_has_not_begun_stops_at_once(fake_settings: Settings, tmp_
     with pytest.raises(StopRequestedError):
         worker.finish()
     assert time.monotonic() - started < 5
+
+
+def test_a_worker_s_threads_do_not_spin_unless_the_user_says_so(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert child_environment(settings)["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert child_environment(settings)["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_a_worker_has_the_settings_of_its_command(settings: Settings) -> None:
+    told = dataclasses.replace(settings, threads=3, debug=True, worker="tenon.worker.fake")
+    assert read_settings(child_environment(told)) == dataclasses.replace(
+        told, visible_devices=read_settings().visible_devices
+    )
