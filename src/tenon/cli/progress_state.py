@@ -87,8 +87,6 @@ class WorkState:
             self.notes.append("validation" + (f" of {event['slot']}" if len(self.slots) > 1 else "") + f", {note}")
         elif kind == "warning":
             self.notes.append(f"warning: {event.get('text')}")
-        elif kind == "registered":
-            self.notes.append(f"registered {event.get('name')}@{event.get('version')}")
 
     def slot(self, name: str) -> SlotState:
         """The state of one slot, made when it is first seen."""

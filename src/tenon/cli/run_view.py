@@ -6,7 +6,6 @@ This module does not know how a run works.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -18,8 +17,8 @@ from tenon.cli.result_view import show_results
 from tenon.cli.run_list_view import STATE_STYLES, run_note, status_tree
 from tenon.cli.session import Session
 from tenon.runs.folder import RunFolder
-from tenon.runs.results import Result
-from tenon.service.runs import RunReport, describe_run, read_results
+from tenon.service.judging import compare_results
+from tenon.service.runs import RunReport, describe_run, read_pairs, read_results
 from tenon.units import format_bytes, format_count, format_seconds
 
 _CURVE_COLUMNS = 60
@@ -48,10 +47,7 @@ def show_run(console: Console, report: RunReport) -> None:
             console.print(Text(f"  validation, step {event.get('step')}: {metrics_text(event)}", "dim"))
     for warning in report.warnings[-5:]:
         console.print(Text.assemble(("  warning: ", "yellow"), warning), soft_wrap=True)
-    results = read_results(report.run)
-    if results:
-        console.print()
-        show_results(console, results)
+    _show_pairs(console, report)
     console.print()
     console.print(plan_against_actual(report))
     for name in report.registered:
@@ -76,24 +72,31 @@ def plan_against_actual(report: RunReport) -> Table:
 def show_outcome(session: Session, run: RunFolder) -> None:
     """How a training ended: before and after, what was registered, plan against actual, what to type next."""
     report = describe_run(run)
-    results = read_results(run)
-    if results:
-        show_results(session.out, results)
+    _show_pairs(session.out, report)
+    session.err.print()
     session.err.print(plan_against_actual(report))
     for name in report.registered:
         session.out.print(Text.assemble("registered ", (name, "bold green")))
     session.err.print(Text("next:", "dim"))
-    for command in next_commands(report, results):
+    for command in next_commands(report):
         session.err.print(Text(f"  {command}", "bold"), soft_wrap=True)
 
 
-def next_commands(report: RunReport, results: Sequence[Result]) -> list[str]:
+def _show_pairs(console: Console, report: RunReport) -> None:
+    """Base against adapter for each slot, and the sentence that says what differs."""
+    for base, own in read_pairs(report.run, report.plan):
+        console.print()
+        show_results(console, (base, own))
+        console.print(Text(compare_results(base, own).sentence, "bold"), soft_wrap=True)
+
+
+def next_commands(report: RunReport) -> list[str]:
     """What a user may want to type after a training."""
     commands = [f"tenon show {report.run.path}"]
     if report.registered:
         name = report.registered[0].partition("@")[0]
         commands = [f"tenon chat {name}", f"tenon adapters show {name}", *commands]
-        if not results:
+        if not report.run.result_names():
             commands.insert(1, f"tenon eval {name} --data FILE")
     return commands
 

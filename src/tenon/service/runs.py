@@ -73,9 +73,16 @@ def describe_run(run: RunFolder) -> RunReport:
 
 
 def read_results(run: RunFolder) -> list[Result]:
-    """Every evaluation of a run, the base's first."""
+    """Every evaluation of a run, the base's first. Raises RunError run-damaged."""
     results = [run.read_result(name) for name in run.result_names()]
     return sorted(results, key=lambda result: (result.subject != "base", result.subject))
+
+
+def read_pairs(run: RunFolder, plan: Plan) -> list[tuple[Result, Result]]:
+    """For each slot that was judged after training: the base's result and the adapter's, on the same rows."""
+    names = set(run.result_names())
+    pairs = [(f"{slot.name}-base", f"{slot.name}-adapter") for slot in plan.slots]
+    return [(run.read_result(base), run.read_result(own)) for base, own in pairs if {base, own} <= names]
 
 
 def measure_actual(events: Iterable[Event]) -> Actual:
