@@ -72,9 +72,12 @@ def open_subject(name: str | None, base: str | None, settings: Settings) -> Open
 def open_subjects(names: Sequence[str], base: str | None, settings: Settings) -> tuple[Opened, ...]:
     """Several subjects over one base: `base` is the bare base of the others. Raises UsageError usage-two-bases."""
     others = [open_subject(name, base, settings) for name in names if name != BASE]
-    bare = base or (others[0].engine.base.path if others else None)
+    # The bare base is that of the others; its rows are rendered as theirs are.
+    bare = (
+        Opened(others[0].engine, Subject(label=BASE), others[0].data) if others else open_subject(None, base, settings)
+    )
     opened = iter(others)
-    found = tuple(open_subject(BASE, bare, settings) if name == BASE else next(opened) for name in names)
+    found = tuple(bare if name == BASE else next(opened) for name in names)
     hashes = {each.engine.base.base_hash for each in found}
     if len(hashes) > 1:
         raise UsageError(
@@ -153,6 +156,7 @@ def _open_run(name: str, base: str | None, settings: Settings) -> Opened:
     slot, folder = slots[0], _finished_adapter(run, slots[0])
     found = describe_base(base or plan.base.path, settings)
     _require_base(slot.name, plan.base, found)
+    found = found if base else plan.base
     return _opened(found, Subject(label=slot.name, folder=str(folder), adapter_hash=_hash(folder)), slot, settings)
 
 
