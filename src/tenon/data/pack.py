@@ -20,11 +20,23 @@ import torch
 from tenon.batch import IGNORE, AttentionGroup, AttentionLayout, Batch, Segment
 from tenon.kernels.dropout import mix32
 
-# A prefix is shared when it saves at least so many tokens; below, the extra attention group costs more.
-_MIN_SAVED_TOKENS = 64
-# Rows attend together while the shorter has at least this share of the longer one's tokens, or lacks at most so many.
-_GROUP_SHARE = 0.75
-_GROUP_SLACK_TOKENS = 8
+
+@dataclass(frozen=True, slots=True)
+class _Costs:
+    """What one more attention call costs on a kind of device, in the work that it must save to be worth it.
+
+    group_pairs: padded query-context pairs. prefix_tokens: tokens that a shared prefix must save.
+    """
+
+    group_pairs: int
+    prefix_tokens: int
+
+
+# Measured on SmolLM2-135M: a CPU pays for arithmetic, a GPU with short rows pays for launches.
+_COSTS = {
+    "cpu": _Costs(group_pairs=2_000, prefix_tokens=64),
+    "cuda": _Costs(group_pairs=2_000_000, prefix_tokens=4_096),
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +81,10 @@ class PackOptions:
 def pack_rows(rows: Sequence[PackRow], options: PackOptions, device: torch.device) -> list[Batch]:
     """All rows in as few batches as the token limit allows, of nearly equal size; rows of a slot are neighbours."""
     ordered = sorted(rows, key=lambda row: (row.slot, -len(row.ids)))
-    prefixes = {run[0].slot: _shared_prefix(run) if options.shares else 0 for run in _runs(ordered)}
+    costs = _COSTS[device.type]
+    prefixes = {
+        run[0].slot: _shared_prefix(run, costs.prefix_tokens) if options.shares else 0 for run in _runs(ordered)
+    }
     parts = _split(ordered, prefixes, options.micro_tokens)
     return [_batch(part, prefixes, device, dropout=options.dropout) for part in parts]
 
@@ -104,7 +119,7 @@ def _runs(rows: list[PackRow]) -> list[list[PackRow]]:
     return runs
 
 
-def _shared_prefix(rows: list[PackRow]) -> int:
+def _shared_prefix(rows: list[PackRow], min_saved_tokens: int) -> int:
     """Length of the common beginning without labels, or 0 when sharing it saves too little."""
     if len(rows) < 2:
         return 0
@@ -113,7 +128,7 @@ def _shared_prefix(rows: list[PackRow]) -> int:
     for row in rows[1:]:
         same = np.flatnonzero(first[:length] != row.ids[:length])
         length = int(same[0]) if len(same) else length
-    return length if length * (len(rows) - 1) >= _MIN_SAVED_TOKENS else 0
+    return length if length * (len(rows) - 1) >= min_saved_tokens else 0
 
 
 def _free_prefix(row: PackRow) -> int:
@@ -135,6 +150,11 @@ class _Piece:
     @property
     def length(self) -> int:
         return self.stop - self.skip
+
+    @property
+    def pairs(self) -> int:
+        """Query-context pairs of its attention, causal or not."""
+        return self.length * self.stop
 
 
 def _batch(rows: list[PackRow], prefixes: dict[int, int], device: torch.device, *, dropout: bool) -> Batch:
@@ -194,7 +214,7 @@ def _attention_layout(pieces: list[_Piece], tokens: int, device: torch.device) -
     groups: list[AttentionGroup] = []
     restore = np.empty(tokens, dtype=np.int64)
     at = 0
-    for members in _attention_groups(pieces):
+    for members in _attention_groups(pieces, _COSTS[device.type].group_pairs):
         width = max(p.length for p in members)
         for i, piece in enumerate(members):
             restore[piece.start : piece.start + piece.length] = at + i * width + np.arange(piece.length)
@@ -204,15 +224,19 @@ def _attention_layout(pieces: list[_Piece], tokens: int, device: torch.device) -
     return AttentionLayout(tuple(groups), None if in_order else torch.from_numpy(restore).to(device))
 
 
-def _attention_groups(pieces: list[_Piece]) -> list[list[_Piece]]:
+def _attention_groups(pieces: list[_Piece], group_pairs: int) -> list[list[_Piece]]:
+    """Pieces under the same prefix, longest first; a new group begins where padding would cost more than a call."""
     groups: list[list[_Piece]] = []
+    padded_pairs = 0
     for piece in sorted(pieces, key=lambda p: (p.prefix_start, -p.length)):
         if groups and groups[-1][0].prefix_start == piece.prefix_start:
-            longest = groups[-1][0].length
-            if piece.length >= _GROUP_SHARE * longest or piece.length >= longest - _GROUP_SLACK_TOKENS:
+            longest = groups[-1][0]
+            padded_pairs += longest.pairs - piece.pairs
+            if padded_pairs <= group_pairs:
                 groups[-1].append(piece)
                 continue
         groups.append([piece])
+        padded_pairs = 0
     return groups
 
 
