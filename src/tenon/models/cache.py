@@ -42,15 +42,24 @@ class KvCache:
         return self.keys.shape[2]
 
     def clear(self, place: int, keep_tokens: int = 0) -> None:
-        """Forget a place but for its first tokens (a prefix that the next sequence shares)."""
-        self.lengths[place] = min(self.lengths[place], keep_tokens)
+        """Forget a place but for its first tokens (a prefix that the next sequence shares).
+
+        What is forgotten becomes zero: a masked NaN of one sequence would still spoil the next one's attention.
+        """
+        length = self.lengths[place]
+        if keep_tokens < length:
+            self.keys[:, place, keep_tokens:length] = 0
+            self.values[:, place, keep_tokens:length] = 0
+        self.lengths[place] = min(length, keep_tokens)
 
     def move(self, source: int, target: int) -> None:
         """Let `target` hold what `source` holds; `source` is then free."""
         length = self.lengths[source]
+        self.clear(target)
         self.keys[:, target, :length] = self.keys[:, source, :length]
         self.values[:, target, :length] = self.values[:, source, :length]
-        self.lengths[target], self.lengths[source] = length, 0
+        self.lengths[target] = length
+        self.clear(source)
 
     def prefix(self, place: int) -> tuple[Tensor, Tensor]:
         """A copy of what a place holds: keys and values (layers, length, K, E), for `restore`."""
@@ -60,6 +69,7 @@ class KvCache:
     def restore(self, place: int, prefix: tuple[Tensor, Tensor]) -> None:
         """Let a place begin with what `prefix` copied; whatever it held is forgotten."""
         length = prefix[0].shape[1]
+        self.clear(place)
         self.keys[:, place, :length], self.values[:, place, :length] = prefix
         self.lengths[place] = length
 

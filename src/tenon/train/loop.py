@@ -78,7 +78,7 @@ class Trainer:
         """checkpoint_every: steps between checkpoints, 0 for only at the end and at stops."""
         self._decoder, self._bank, self._slots = decoder, bank, slots
         self._options, self._every, self._ports = options, checkpoint_every, ports
-        self._saved = -1
+        self._saved: object = None
 
     @property
     def step(self) -> int:
@@ -92,12 +92,11 @@ class Trainer:
             return 0
         scale = read_state(found.folder, self._slots)
         self._options = replace(self._options, loss_scale=scale)
-        self._saved = found.step
+        self._saved = self._state()
         for t in self._slots:
             # The mark is written after its checkpoint; a kill between the two is mended here.
-            if t.best is not None and t.best.step in self._ports.checkpoints.steps():
-                self._ports.checkpoints.mark_best(t.best.step, t.plan.name)
-        self._ports.emit("resume", step=found.step)
+            if t.best is not None and t.best.step == t.cursor.step:
+                self._ports.checkpoints.mark_best(found.step, t.plan.name)
         return found.step
 
     def run(self) -> None:
@@ -187,6 +186,8 @@ class Trainer:
         )
 
     def _validate(self) -> None:
+        """Validate every slot that is due; one checkpoint holds all that are at their best."""
+        improved: list[SlotTraining] = []
         for t in self._slots:
             if not t.validation_due:
                 continue
@@ -198,19 +199,27 @@ class Trainer:
             is_best = t.judge(found.value, higher_is_better=found.higher_is_better)
             self._ports.emit("validation", slot=t.plan.name, step=t.cursor.step, best=is_best, **found.metrics)
             if is_best:
-                self._save()
-                self._ports.checkpoints.mark_best(self.step, t.plan.name)
+                improved.append(t)
+        if improved:
+            self._save()
+        for t in improved:
+            self._ports.checkpoints.mark_best(self.step, t.plan.name)
+
+    def _state(self) -> object:
+        """What changes whenever anything that a checkpoint holds changes."""
+        return self._options.loss_scale, [(t.cursor, t.best, t.validated, t.ended) for t in self._slots]
 
     def _save(self) -> None:
-        """Write the state of all slots, unless this very step is saved already and nothing came after it."""
+        """Write the state of all slots, unless it is saved already."""
+        if self._saved == self._state():
+            return
 
         def write(folder: Path) -> None:
             write_state(folder, self._slots, base=self._ports.base, loss_scale=self._options.loss_scale)
 
         self._ports.checkpoints.write(self.step, write)
-        if self._saved != self.step:
-            self._ports.emit("checkpoint", step=self.step)
-        self._saved = self.step
+        self._saved = self._state()
+        self._ports.emit("checkpoint", step=self.step)
 
     def take_best(self, t: SlotTraining) -> int:
         """Give a slot the weights of its best validation, when early stopping asked for it; returns their step."""

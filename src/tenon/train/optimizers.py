@@ -65,6 +65,9 @@ class SlotOptimizer:
             for key, value in self._optimizer.state.get(half, {}).items():
                 if isinstance(value, Tensor):
                     named[f"{name}.{key}"] = value
+                elif isinstance(value, int):
+                    # bitsandbytes counts its steps in a plain integer; no tensor of any state is a whole number alone.
+                    named[f"{name}.{key}"] = torch.tensor(value)
         return named
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -73,10 +76,15 @@ class SlotOptimizer:
             own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
             if own:
                 # torch's fused AdamW keeps its step count beside the parameters; other tensors follow them too.
-                self._optimizer.state[half] = {k: v.to(half.device).clone() for k, v in own.items()}
+                self._optimizer.state[half] = {k: _restored(v, half.device) for k, v in own.items()}
 
     def _halves(self) -> list[Tensor]:
         return [group["params"][0] for group in self._optimizer.param_groups]
+
+
+def _restored(value: Tensor, device: torch.device) -> Tensor | int:
+    whole = value.ndim == 0 and value.dtype == torch.int64
+    return int(value) if whole else value.to(device).clone()
 
 
 def _make(plan: OptimizerPlan, groups: list[dict[str, list[Tensor]]]) -> torch.optim.Optimizer:

@@ -5,6 +5,7 @@ This module does not know the decoder or the other slots.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from tenon.adapters.bank import Slot
 from tenon.data.pack import PackRow
+from tenon.errors import DataError
 from tenon.plan.values import SlotPlan
 from tenon.train.optimizers import SlotOptimizer
 from tenon.train.schedule import factor
@@ -79,8 +81,10 @@ class SlotTraining:
     def window(self) -> list[PackRow]:
         """The rows of the next step; empty when the slot's run is over.
 
-        Rows that the data policy drops are empty; a window of nothing else is passed over without a step.
+        Rows that the data policy drops are empty; a window of nothing else is passed over without a step. Raises
+        DataError data-no-supervised when a whole epoch, or all of the run, has been passed over.
         """
+        passed_rows = 0
         while not self.ended:
             indices = self.feed.next(self.cursor)
             packed = [row for place, index in enumerate(indices) if (row := self._pack(place, index)) is not None]
@@ -88,9 +92,19 @@ class SlotTraining:
             if packed:
                 return packed
             self.cursor = replace(self.cursor, rows=self.cursor.rows + len(indices))
+            passed_rows += len(indices)
             if self.feed.progress(self.cursor) >= 1.0 or not indices:
                 self.ended = "done"
+            if passed_rows >= self.feed.epoch_rows or (self.ended and not self.cursor.step):
+                raise self._nothing_to_learn(passed_rows)
         return []
+
+    def _nothing_to_learn(self, passed_rows: int) -> DataError:
+        return DataError(
+            "data-no-supervised",
+            f"slot {self.plan.name}: {passed_rows} rows in a row were dropped: there is nothing to learn",
+            hint="see why with `tenon data`, and correct data.supervise, data.on_long or the rows",
+        )
 
     def _pack(self, place: int, index: int) -> PackRow | None:
         row = self.rows.row(index)
@@ -99,15 +113,17 @@ class SlotTraining:
         return PackRow(self.number, row.ids, row.supervised, index, draw_key(self.plan.seed, self.cursor.step, place))
 
     def learning_factor(self) -> float:
-        """The schedule's factor for the step being made.
+        """The schedule's factor for the step whose window was taken last.
 
-        With a known number of steps the first step of a warm-up is not wasted on a rate of zero: progress is taken at
-        the step's end.
+        Progress is taken before the step, but during warm-up after it, so that no step is wasted on a rate of zero and
+        the last one of the warm-up has the peak. (A time limit alone cannot tell how far a step will go.)
         """
-        done = self.feed.progress(self.cursor)
-        steps = self.steps
-        warm = done < self.plan.schedule.warmup
-        return factor(self.plan.schedule, min(1.0, done + 1.0 / steps) if warm and steps else done)
+        now, schedule = self.cursor, self.plan.schedule
+        done = self.feed.progress(now)
+        if done >= schedule.warmup:
+            return factor(schedule, done)
+        after = Cursor(now.step + 1, now.rows + self.taken_rows, now.seconds)
+        return factor(schedule, min(self.feed.progress(after), schedule.warmup))
 
     def advance(self, seconds: float) -> None:
         """Count a finished step, and end the slot's run when a limit is reached."""
@@ -125,10 +141,15 @@ class SlotTraining:
         return bool(self.ended) or (every > 0 and step % every == 0)
 
     def judge(self, value: float, *, higher_is_better: bool) -> bool:
-        """Take note of a validation; true when it is the best so far. Ends the run when patience is at its end."""
+        """Take note of a validation; true when it is the best so far. Ends the run when patience is at its end.
+
+        NaN is never an improvement.
+        """
         validation = self.plan.validation
         self.validated = self.cursor.step
         sign = 1.0 if higher_is_better else -1.0
+        if self.best is None and math.isnan(value):
+            return False
         if self.best is None or sign * (value - self.best.value) > validation.min_delta:
             self.best = Best(value, self.cursor.step)
             return True

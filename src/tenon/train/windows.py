@@ -36,6 +36,11 @@ class WindowFeed:
         rows = order.epoch_rows
         self.total_rows = max(1, round(limits.epochs * rows)) if limits.epochs > 0 else 0
 
+    @property
+    def epoch_rows(self) -> int:
+        """Rows of one epoch, dropped ones included."""
+        return self._order.epoch_rows
+
     def progress(self, cursor: Cursor) -> float:
         """Share of the run that is done: of its rows, its steps or its time, whichever is furthest; 1.0 is the end."""
         limits = self._limits
@@ -70,7 +75,8 @@ class WindowFeed:
             row = self._row_at(cursor.rows + len(rows))
             if self._batch.tokens:
                 tokens += self._length(row)
-                if rows and tokens > self._batch.tokens:
+                # Rows that the data policy drops have no tokens: an epoch of nothing else would never fill a window.
+                if rows and (tokens > self._batch.tokens or (not tokens and len(rows) >= self.epoch_rows)):
                     break
             rows.append(row)
         return rows
