@@ -65,7 +65,7 @@ def test_runs_and_show(tenon: Command, workplace: Path) -> None:
     write_recipe(workplace, "fails-early")
     tenon("train", "fails-early.yaml", "-q")
     listed = tenon("runs").out
-    assert "finished" in listed and "train-loss-not-finite" in listed
+    assert "finished" in listed and "train-not-finite" in listed
     shown = tenon("show", "demo").out
     assert "loss of demo: █" in shown and "registered: demo@1" in shown and "90.0%" in shown
     tree = json.loads(tenon("show", "demo", "--json").out)

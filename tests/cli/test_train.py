@@ -104,7 +104,7 @@ def test_an_error_of_the_worker_is_the_command_s_error(tenon: Command, workplace
     write_recipe(workplace, "fails-early")
     done = tenon("train", "fails-early.yaml")
     assert done.status == 1
-    assert "error[train-loss-not-finite]: step 3: the loss is not finite" in done.err
+    assert "error[train-not-finite]: step 3: the loss is not finite" in done.err
     assert "got:  nan" in done.err and "hint: lower optimizer.lr" in done.err
     assert "Traceback" not in done.err
     assert status(only_run(workplace)).state is RunState.FAILED

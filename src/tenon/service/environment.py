@@ -13,6 +13,7 @@ from tenon.errors import PlanError, UsageError
 
 # What heavy work cannot do without; the train extra of pyproject.toml names the same versions (a test compares).
 OLDEST: dict[str, str] = {"torch": "2.11", "transformers": "5.17"}
+_TOO_OLD = {"torch": "plan-torch-version", "transformers": "plan-transformers-version"}
 NEEDED = (
     "gguf",
     "jinja2",
@@ -45,7 +46,7 @@ def require_training(version_of: Callable[[str], str] = metadata.version) -> Non
         version = found[name]
         if version is not None and _numbers(version) < _numbers(oldest):
             raise PlanError(
-                f"plan-{name}-version",
+                _TOO_OLD[name],
                 f"{name} is too old: tenon needs {oldest} or newer",
                 got=f"{name} {version}",
                 hint=f"pip install --upgrade '{name}>={oldest}'",

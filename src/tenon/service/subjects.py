@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import ValidationError
+
 from tenon.bases.locate import EMBEDDED
 from tenon.errors import AdapterError, RunError, UsageError
 from tenon.plan.machine import read_machine
@@ -18,7 +20,7 @@ from tenon.plan.requests import Engine, Subject
 from tenon.plan.values import BasePlan, DataPlan, Precision, SlotPlan, SourcePlan
 from tenon.registry.entry import Entry, check_base
 from tenon.registry.peft_check import CONFIG_NAME, TENSORS_NAME
-from tenon.registry.store import Registry
+from tenon.registry.store import ENTRY_NAME, Registry
 from tenon.runs.checkpoints import hash_file
 from tenon.runs.folder import RunFolder
 from tenon.runs.naming import find_run
@@ -48,11 +50,6 @@ class Opened:
     data: DataPlan
     rows: Rows | None = None
 
-    @property
-    def system(self) -> str:
-        """The system message that it was trained with, as far as that is known."""
-        return self.data.system or ""
-
 
 def open_subject(name: str | None, base: str | None, settings: Settings) -> Opened:
     """Who answers; no name is the bare base. base: stands in for the subject's own, and must hold the same.
@@ -65,7 +62,9 @@ def open_subject(name: str | None, base: str | None, settings: Settings) -> Open
     if (Path(name).expanduser() / CONFIG_NAME).is_file():
         return _open_folder(Path(name).expanduser(), base, settings)
     if not (Path(name).expanduser() / "plan.json").is_file() and name.partition("@")[0] in _names(settings):
-        return _open_entry(Registry(settings.registry).get(name), base, settings)
+        registry = Registry(settings.registry)
+        entry = registry.get(name)
+        return _open_entry(entry, registry.folder(entry), base, settings)
     return _open_run(name, base, settings)
 
 
@@ -111,17 +110,17 @@ def rows_of(data: DataPlan, sources: tuple[SourcePlan, ...]) -> Rows:
     return Rows(data.model_copy(update=every))
 
 
-def _open_entry(entry: Entry, base: str | None, settings: Settings) -> Opened:
+def _open_entry(entry: Entry, folder: Path, base: str | None, settings: Settings) -> Opened:
     found = describe_base(base or entry.base_spec, settings)
     check_base(entry, found.base_hash)
-    slot = _slot_of(entry)
     subject = Subject(
         label=entry.label,
-        folder=str(Registry(settings.registry).folder(entry)),
+        folder=str(folder),
         adapter_hash=entry.adapter_hash,
         template_hash=entry.template_hash or "",
+        system=entry.system,
     )
-    return _opened(found, subject, slot, settings)
+    return _opened(found, subject, _slot_of(entry), settings)
 
 
 def _slot_of(entry: Entry) -> SlotPlan | None:
@@ -144,20 +143,25 @@ def _open_run(name: str, base: str | None, settings: Settings) -> Opened:
         if error.code == "run-unknown" and spec != "latest":
             Registry(settings.registry).get(name)
         raise
+    return _open_slot(run, slot_name, base, settings)
+
+
+def _open_slot(run: RunFolder, slot_name: str, base: str | None, settings: Settings) -> Opened:
+    """The adapter of a run; no slot name means its only one."""
     plan = read_plan(run)
     slots = [slot for slot in plan.slots if slot_name in ("", slot.name)]
     if len(slots) != 1:
         raise RunError(
             "run-which-slot",
-            f"{spec}: the run has {len(plan.slots)} adapters" + (f", none named {slot_name}" if slot_name else ""),
+            f"{run.path}: the run has {len(plan.slots)} adapters" + (f", none named {slot_name}" if slot_name else ""),
             got=", ".join(slot.name for slot in plan.slots),
-            hint=f"name one: {spec}:{plan.slots[0].name}",
+            hint=f"name one: {run.path}:{plan.slots[0].name}",
         )
     slot, folder = slots[0], _finished_adapter(run, slots[0])
     found = describe_base(base or plan.base.path, settings)
     _require_base(slot.name, plan.base, found)
-    found = found if base else plan.base
-    return _opened(found, Subject(label=slot.name, folder=str(folder), adapter_hash=_hash(folder)), slot, settings)
+    subject = Subject(label=slot.name, folder=str(folder), adapter_hash=_hash(folder), system=slot.data.system)
+    return _opened(found, subject, slot, settings)
 
 
 def _finished_adapter(run: RunFolder, slot: SlotPlan) -> Path:
@@ -172,15 +176,35 @@ def _finished_adapter(run: RunFolder, slot: SlotPlan) -> Path:
 
 
 def _open_folder(folder: Path, base: str | None, settings: Settings) -> Opened:
-    """An adapter made elsewhere: its own config names the base, unless the command line does."""
+    """A folder in PEFT's layout: one that a run or the registry wrote is known by what lies beside it.
+
+    Of an adapter made elsewhere its own config names the base, unless the command line does.
+    """
+    folder = folder.absolute()
+    if (folder / ENTRY_NAME).is_file():
+        return _open_entry(_read_entry(folder), folder, base, settings)
+    run = folder.parent.parent
+    if folder.parent.name == "adapter" and (run / "plan.json").is_file():
+        return _open_slot(RunFolder.open(run), folder.name, base, settings)
     spec = base or _named_base(folder)
     if not spec:
         raise AdapterError(
             "adapter-no-base", f"{folder}: the adapter does not say which base it needs", hint="name it: --base SPEC"
         )
     found = describe_base(spec, settings)
-    subject = Subject(label=folder.name, folder=str(folder.absolute()), adapter_hash=_hash(folder))
+    subject = Subject(label=folder.name, folder=str(folder), adapter_hash=_hash(folder))
     return _opened(found, subject, None, settings)
+
+
+def _read_entry(folder: Path) -> Entry:
+    try:
+        return Entry.from_json((folder / ENTRY_NAME).read_bytes())
+    except ValidationError as error:
+        raise AdapterError(
+            "adapter-damaged",
+            f"{folder / ENTRY_NAME}: this is no entry of this version of Tenon",
+            hint="export the adapter again: tenon adapters export NAME FOLDER",
+        ) from error
 
 
 def _named_base(folder: Path) -> str:
@@ -196,7 +220,7 @@ def _named_base(folder: Path) -> str:
 
 def _opened(base: BasePlan, subject: Subject, slot: SlotPlan | None, settings: Settings) -> Opened:
     if slot is None:
-        return Opened(_engine(base, settings), subject, _plain_data(base))
+        return Opened(_engine(base, settings), subject, _plain_data(base, subject.system))
     return Opened(_engine(base, settings, slot.data.template), subject, slot.data, _judged_rows(slot))
 
 
@@ -213,7 +237,7 @@ def _engine(base: BasePlan, settings: Settings, template: str | None = None) -> 
     return Engine(base=base, machine=machine, precision=precision, template=template)
 
 
-def _plain_data(base: BasePlan) -> DataPlan:
+def _plain_data(base: BasePlan, system: str | None = None) -> DataPlan:
     """How rows are rendered when no recipe says it."""
     return DataPlan(
         train=(),
@@ -222,6 +246,7 @@ def _plain_data(base: BasePlan) -> DataPlan:
         on_bad="stop",
         on_duplicate="keep",
         supervise="assistant",
+        system=system,
         shuffle=False,
     )
 

@@ -139,7 +139,7 @@ class _FakeTraining:
 
     def _fail(self, step: int) -> None:
         error = TrainError(
-            "train-loss-not-finite", f"step {step}: the loss is not finite", got="nan", hint="lower optimizer.lr"
+            "train-not-finite", f"step {step}: the loss is not finite", got="nan", hint="lower optimizer.lr"
         )
         self._run.events.emit("failed", code=error.code, text=error.what)
         raise error
