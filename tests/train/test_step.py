@@ -59,7 +59,7 @@ def test_p01_any_split_of_a_window_gives_the_same_gradient(micro: int, seed: int
     whole = accumulate_window(decoder, bank, rows, StepOptions(100_000, False, False))
     expected = gradients(bank)[0]
     split = accumulate_window(decoder, bank, rows, StepOptions(micro, share, False))
-    torch.testing.assert_close(gradients(bank)[0], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradients(bank)[0], expected, rtol=0, atol=1e-6)
     assert split[0].loss == pytest.approx(whole[0].loss, rel=1e-5)
 
 
@@ -90,7 +90,8 @@ def test_p06_slots_trained_together_get_the_gradients_of_each_alone(seed: int, m
     together = gradients(bank)
     for slot in range(4):
         alone = accumulate_window(decoder, bank, [r for r in rows if r.slot == slot], StepOptions(9999, True, False))
-        torch.testing.assert_close(together[slot], gradients(bank)[slot], rtol=1e-4, atol=1e-6)
+        own = gradients(bank)[slot]
+        assert float((together[slot] - own).abs().max()) <= 1e-5 * float(own.abs().max())
         assert together_losses[slot].loss == pytest.approx(alone[slot].loss, rel=1e-5)
 
 

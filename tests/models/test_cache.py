@@ -1,0 +1,82 @@
+"""The cache: what is forgotten leaves no trace, and places do not see each other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tenon.batch import NO_SLOT
+from tenon.data.pack import PackOptions, bare_row, pack_rows
+from tenon.models.cache import KvCache
+from tenon.models.decoder import Decoder
+from tests.tiny import CPU, tiny_decoder, tiny_facts
+
+IDS = [5, 9, 77, 3, 42, 8, 61]
+
+
+def small_cache(decoder: Decoder, places: int = 3) -> KvCache:
+    return KvCache(decoder.facts, places=places, tokens=16, dtype=decoder.dtype, device=CPU)
+
+
+def feed(decoder: Decoder, cache: KvCache, taken: dict[int, list[int]]) -> list[torch.Tensor]:
+    """One pass that appends tokens to places; the hidden states of each."""
+    places = tuple(taken)
+    attention = cache.extend(places, tuple(len(ids) for ids in taken.values()))
+    (batch,) = pack_rows([bare_row(NO_SLOT, [i for ids in taken.values() for i in ids])], PackOptions(999), CPU)
+    with torch.no_grad():
+        hidden = decoder.forward(replace(batch, positions_T=attention.positions_T), None, attention)
+    attention.commit()
+    return list(hidden.split([len(ids) for ids in taken.values()]))
+
+
+def alone(decoder: Decoder, ids: list[int]) -> torch.Tensor:
+    (batch,) = pack_rows([bare_row(NO_SLOT, ids)], PackOptions(999), CPU)
+    with torch.no_grad():
+        return decoder.forward(batch)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_p33_tokens_fed_in_pieces_beside_others_are_those_of_the_row_alone(window: int) -> None:
+    decoder = tiny_decoder(tiny_facts(window=window))
+    cache, whole = small_cache(decoder), alone(decoder, IDS)
+    first = feed(decoder, cache, {1: IDS[:4], 0: [1, 2], 2: IDS[:3]})
+    close(first[0], whole[:4])
+    second = feed(decoder, cache, {2: IDS[3:4], 1: IDS[4:]})
+    close(second[0], whole[3:4])
+    close(second[1], whole[4:])
+    assert cache.lengths == [2, 7, 4]
+
+
+def test_p33_nothing_of_a_spoilt_sequence_reaches_the_next_one_of_its_place() -> None:
+    """A sequence of NaN is forgotten; the short one that follows attends beside a longer neighbour."""
+    decoder = tiny_decoder()
+    cache = small_cache(decoder)
+    feed(decoder, cache, {0: IDS, 1: IDS})
+    cache.keys[:, 0, :7], cache.values[:, 0, :7] = float("nan"), float("nan")
+    cache.clear(0)
+    close(feed(decoder, cache, {0: IDS[:2], 1: [4]})[0], alone(decoder, IDS[:2]))
+    cache.keys[:, 0, :2], cache.values[:, 0, :2] = float("nan"), float("nan")
+    cache.move(1, 0)
+    assert cache.lengths == [8, 0, 0] and bool(cache.keys.isfinite().all())
+    close(feed(decoder, cache, {1: IDS[:2], 0: [6]})[1], alone(decoder, [*IDS, 4, 6])[-1:])
+
+
+def test_a_place_keeps_its_beginning_and_copies_of_it_begin_others() -> None:
+    decoder = tiny_decoder()
+    cache, whole = small_cache(decoder), alone(decoder, IDS)
+    feed(decoder, cache, {0: [*IDS[:3], 90, 91]})
+    cache.clear(0, keep_tokens=3)
+    prefix = cache.prefix(0)
+    feed(decoder, cache, {2: [7] * 6})
+    cache.restore(2, prefix)
+    assert cache.lengths == [3, 0, 3]
+    for found in feed(decoder, cache, {0: IDS[3:], 2: IDS[3:]}):
+        close(found, whole[3:])
+    cache.clear(0, keep_tokens=99)
+    assert cache.lengths[0] == 7
