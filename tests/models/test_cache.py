@@ -60,11 +60,11 @@ def test_p33_nothing_of_a_spoilt_sequence_reaches_the_next_one_of_its_place() ->
     feed(decoder, cache, {0: IDS, 1: IDS})
     cache.keys[:, 0, :7], cache.values[:, 0, :7] = float("nan"), float("nan")
     cache.clear(0)
-    close(feed(decoder, cache, {0: IDS[:2], 1: [4]})[0], alone(decoder, IDS[:2]))
-    cache.keys[:, 0, :2], cache.values[:, 0, :2] = float("nan"), float("nan")
-    cache.move(1, 0)
-    assert cache.lengths == [8, 0, 0] and bool(cache.keys.isfinite().all())
-    close(feed(decoder, cache, {1: IDS[:2], 0: [6]})[1], alone(decoder, [*IDS, 4, 6])[-1:])
+    close(feed(decoder, cache, {0: IDS[:2], 1: [4, 6]})[0], alone(decoder, IDS[:2]))
+    assert cache.lengths == [2, 9, 0]
+    cache.values[:, 1, :9] = float("nan")
+    cache.move(0, 1)
+    assert cache.lengths == [0, 2, 0] and bool(cache.values.isfinite().all())
 
 
 def test_a_place_keeps_its_beginning_and_copies_of_it_begin_others() -> None:
