@@ -167,7 +167,8 @@ def test_a_label_that_train_never_had_is_refused(tmp_path: Path, base: Path, set
     plan = data_plan(tmp_path / "train.csv", validation=(SourcePlan(path=str(tmp_path / "test.csv")),))
     error = _refusal(plan, base, settings)
     assert error.code == "data-unseen-label"
-    assert error.what.endswith("2 labels that train never had: w, z")
+    assert error.what == f"{tmp_path / 'test.csv'}:3: validation has 2 labels that train never had, here z"
+    assert error.got == "w, z"
 
 
 def test_nothing_left_to_train_on_is_refused(tmp_path: Path, base: Path, settings: Settings) -> None:

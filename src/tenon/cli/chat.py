@@ -64,7 +64,7 @@ def chat(
             session.err,
             subject=opened.subject,
             sampling=sampling,
-            system=opened.system if system is None else system,
+            system=system,
         )
         for line in _lines(session, say):
             if not loop.take(line):
@@ -80,7 +80,10 @@ def generate(
     ],
     output_file: Annotated[Path, typer.Option("--output", help="Answers as JSONL, in the order of the prompts.")],
     base: BaseSpec = None,
-    system: Annotated[str | None, typer.Option("--system", help="System message for prompts without one.")] = None,
+    system: Annotated[
+        str | None,
+        typer.Option("--system", help="System message for prompts without one; by default the adapter's own."),
+    ] = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -95,9 +98,10 @@ def generate(
 
     session = session_of(ctx)
     opened = open_subject(adapter, base, session.settings)
-    prompts = read_prompts(input_file, system=opened.system if system is None else system)
+    prompts = read_prompts(input_file, system=system or "")
+    subject = opened.subject if system is None else opened.subject.model_copy(update={"system": None})
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    request = GenerateRequest(engine=opened.engine, subject=opened.subject, prompts=prompts, sampling=sampling)
+    request = GenerateRequest(engine=opened.engine, subject=subject, prompts=prompts, sampling=sampling)
     with make_view(session.err) as view:
         answers = generate_answers(request, session.settings, view.take)
     write_answers(output_file, prompts, answers)

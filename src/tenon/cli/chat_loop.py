@@ -24,7 +24,7 @@ from tenon.service.worker_process import Event
 HELP = (
     ("/adapter NAME", "answer with this adapter from now on; `none` is the bare base"),
     ("/adapters", "list what can be switched to"),
-    ("/system TEXT", "set the system message; without text, none"),
+    ("/system TEXT", "set the system message instead of the adapter's own; without text, none"),
     ("/reset", "forget the conversation so far"),
     ("/help", "this list"),
     ("/quit", "end (Ctrl-D does the same)"),
@@ -50,7 +50,10 @@ class Names:
 
 @dataclass
 class Chat:
-    """The state of a conversation and what each line does to it."""
+    """The state of a conversation and what each line does to it.
+
+    system: the system message; empty for none; None for the one that each adapter was trained with.
+    """
 
     talker: Talker
     names: Names
@@ -58,7 +61,7 @@ class Chat:
     err: Console
     subject: Subject
     sampling: Sampling
-    system: str = ""
+    system: str | None = None
     messages: list[Message] = field(default_factory=list)
 
     def take(self, line: str) -> bool:
@@ -75,10 +78,11 @@ class Chat:
 
     def _answer(self) -> str:
         head = [{"role": "system", "content": self.system}] if self.system else []
+        subject = self.subject if self.system is None else self.subject.model_copy(update={"system": None})
         text = ""
         self.out.print(Text(f"{self.subject.label}: ", "bold green"), end="")
         with _interrupting(self.talker):
-            for event in self.talker.say(self.subject, [*head, *self.messages], self.sampling):
+            for event in self.talker.say(subject, [*head, *self.messages], self.sampling):
                 if event["kind"] == "token":
                     write_token(str(event["text"]))
                 elif event["kind"] == "answer":

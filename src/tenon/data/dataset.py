@@ -111,6 +111,20 @@ def inspect(
         return opened.report, tuple(sample_row(opened.train, int(index), tokenizer) for index in picked)
 
 
+def read_template(file: str | None) -> str | None:
+    """The text of a chat template's file; None stays None. Raises DataError data-template-file."""
+    if file is None:
+        return None
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            "data-template-file",
+            f"{file}: the chat template cannot be read: {error}",
+            hint="correct data.template, or leave it out to use the base's own",
+        ) from error
+
+
 def sample_row(store: RowStore, index: int, tokenizer: ChatTokenizer) -> SampleRow:
     """Row `index` as pieces of text; tokens that make a character only together are one piece."""
     row = store.row(index)
@@ -136,7 +150,7 @@ def _open(
     complete: bool,
 ) -> Dataset:
     gathered = gather(plan, settings, findings, on_progress)
-    rendering = Rendering(base_folder, _template(plan), plan.supervise, plan.system, plan.max_tokens)
+    rendering = Rendering(base_folder, read_template(plan.template), plan.supervise, plan.system, plan.max_tokens)
     renderer = rendering.renderer()
     policy = Policy.of(plan)
     sides = (gathered.select(gathered.split.train), gathered.select(gathered.split.validation))
@@ -171,19 +185,6 @@ def _open(
 
 def _row_progress(on_progress: OnProgress) -> Callable[[int, int], None]:
     return lambda done, total: on_progress("tokenising rows", done, total)
-
-
-def _template(plan: DataPlan) -> str | None:
-    if plan.template is None:
-        return None
-    try:
-        return Path(plan.template).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            "data-template-file",
-            f"{plan.template}: the chat template cannot be read: {error}",
-            hint="correct data.template, or leave it out to use the base's own",
-        ) from error
 
 
 def _bytes(gathered: Gathered) -> int:

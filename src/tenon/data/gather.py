@@ -85,11 +85,18 @@ def gather(plan: DataPlan, settings: Settings, findings: Findings, on_progress: 
             DataError(
                 "data-no-rows",
                 "no row is left to train on",
-                got=f"{len(gathered.hashes)} good rows, {len(gathered.split.shared)} of them also in validation",
-                hint="give more rows, or hold fewer out",
+                got=f"{len(gathered.hashes)} good rows, {len(gathered.split.shared)} of them also in validation; "
+                f"{_count_bad(sources)} bad rows",
+                hint="see what is wrong with them: `tenon data RECIPE`"
+                if not len(gathered.hashes)
+                else "give more rows, or hold fewer out",
             )
         )
     return gathered
+
+
+def _count_bad(sources: Sequence[Source]) -> int:
+    return sum(count for source in sources for table in source.tables for count in table.bad_counts.values())
 
 
 def _open_source(
@@ -169,17 +176,29 @@ def _refuse_unseen_labels(gathered: Gathered, findings: Findings) -> None:
     asked = gathered.label_ids[gathered.split.validation]
     if not (learnt >= 0).any():
         return
-    unseen = [gathered.labels[number] for number in np.setdiff1d(asked, learnt) if number >= 0]
+    unseen = [number for number in np.setdiff1d(asked, learnt) if number >= 0]
     if unseen:
+        chosen = any(source.role == "validation" for source in gathered.sources)
+        held = "" if chosen else "; data.heldout_by: fraction keeps a row of every label in train"
+        first = gathered.split.validation[np.isin(asked, unseen)][0]
+        names = [gathered.labels[number] for number in unseen]
         findings.problem(
             DataError(
                 "data-unseen-label",
-                f"validation has {len(unseen)} label{'s' if len(unseen) > 1 else ''} that train never had: "
-                + ", ".join(unseen[:LABELS_SHOWN])
-                + (", …" if len(unseen) > LABELS_SHOWN else ""),
-                hint="correct the labels, add such rows to train, or use data.heldout_by: fraction, which keeps one",
+                f"{_place(gathered, int(first))}: validation has {len(unseen)} label{'s' if len(unseen) > 1 else ''} "
+                f"that train never had, here {gathered.labels[gathered.label_ids[first]]}",
+                got=", ".join(names[:LABELS_SHOWN]) + (", …" if len(names) > LABELS_SHOWN else ""),
+                hint="correct the labels, or add training rows that have them" + held,
             )
         )
+
+
+def _place(gathered: Gathered, row: int) -> str:
+    """`file:line` of a row."""
+    tables = [table for source in gathered.sources for table in source.tables]
+    number = int(gathered.file_of[row])
+    rows = gathered.files[number].rows
+    return f"{rows.name}{rows.mark}{int(tables[number].lines[gathered.row_of[row]])}"
 
 
 def describe_source(gathered: Gathered, number: int, *, kept: int, drops: Sequence[Drop]) -> SourceReport:

@@ -9,6 +9,7 @@ module does not know files, lengths or batches.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
@@ -87,6 +88,12 @@ class Renderer:
         self._now = now
         self._sources = dict(tokenizer.templates) if template is None else {DEFAULT_TEMPLATE: template}
         self._voices = {name: self._voice(source) for name, source in self._sources.items()}
+
+    def adapted(self, *, system: str | None, now: datetime | None) -> Renderer:
+        """The same tokenizer and template with another system message and clock."""
+        other = copy(self)
+        other.system, other._now = system, now
+        return other
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:

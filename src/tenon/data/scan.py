@@ -187,5 +187,6 @@ def _why_bad(raw: bytes, number: int, error: Exception) -> BadRow:
     except UnicodeDecodeError as wrong:
         got = f"byte 0x{raw[wrong.start]:02x} at column {wrong.start + 1}"
         return BadRow(number, "data-encoding", "the line is not UTF-8", got, ENCODING_HINT)
+    why = f"{error.msg} at column {error.colno}" if isinstance(error, orjson.JSONDecodeError) else str(error)
     hint = "correct the line, or set data.on_bad: drop"
-    return BadRow(number, "data-json-broken", f"broken JSON: {error}", snippet(raw), hint)
+    return BadRow(number, "data-json-broken", f"broken JSON: {why}", snippet(raw), hint)

@@ -8,7 +8,7 @@ This module does not know decoders or metrics.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,10 +73,8 @@ def take_cases(rows: Rows, renderer: Renderer, *, most: int = 0) -> tuple[list[C
 
     Raises DataError data-evaluation-empty, and what rendering raises.
     """
-    count = min(most, len(rows)) if most else len(rows)
     digest, cases = hashlib.sha256(), []
-    for number in range(count):
-        index = number * len(rows) // count
+    for index in _chosen(rows, most):
         tokens = rows.row(index)
         if not len(tokens.ids):
             continue
@@ -91,6 +89,12 @@ def take_cases(rows: Rows, renderer: Renderer, *, most: int = 0) -> tuple[list[C
             hint="give rows with --data, or hold some out: data.heldout=0.05",
         )
     return cases, digest.hexdigest()
+
+
+def _chosen(rows: Rows, most: int) -> Iterator[int]:
+    """Indices of at most so many rows, spread evenly; 0 for all."""
+    count = min(most, len(rows)) if most else len(rows)
+    return (number * len(rows) // count for number in range(count))
 
 
 def make_case(index: int, raw: Row, tokens: TokenRow, renderer: Renderer) -> Case:
@@ -131,10 +135,16 @@ def _expected_text(raw: Row, answer_ids: np.ndarray, renderer: Renderer) -> str:
         return raw.completion
     if raw.label is not None:
         return raw.label.strip()
-    content = raw.messages[_last_answer(raw)].get("content")
-    if isinstance(content, str) and content.strip() and not raw.messages[_last_answer(raw)].get("tool_calls"):
-        return without_reasoning(content)
+    if _is_plain(raw):
+        return without_reasoning(str(raw.messages[_last_answer(raw)]["content"]))
     return without_reasoning(renderer.tokenizer.decode(answer_ids.tolist()))
+
+
+def _is_plain(raw: Chat) -> bool:
+    """Whether the answer is text and nothing else."""
+    answer = raw.messages[_last_answer(raw)]
+    content = answer.get("content")
+    return isinstance(content, str) and bool(content.strip()) and not answer.get("tool_calls")
 
 
 def _last_answer(raw: Chat) -> int:
@@ -149,6 +159,35 @@ def find_task(cases: Sequence[Case]) -> Task:
     if all(case.label is not None for case in asked):
         return "labels"
     return "json" if all(is_json(case.expected) for case in asked) else "text"
+
+
+def find_task_early(rows: Rows, renderer: Renderer, *, most: int = 0) -> Task:
+    """What `find_task` will say of the cases of `take_cases`, from rows as they were read: nothing is tokenised for it.
+
+    One row that is neither labelled nor JSON decides for all, so most data are not read to their end.
+    """
+    kinds: set[Task] = set()
+    for index in _chosen(rows, most):
+        kind = _row_task(rows, index, renderer)
+        # A row that the recipe's policy drops has no say; asking for its tokens is worth it only where it would tell.
+        if kind not in kinds and len(rows.row(index).ids):
+            kinds.add(kind)
+        if "text" in kinds:
+            return "text"
+    asked = kinds - {"likelihood"}
+    return "likelihood" if not asked else asked.pop() if len(asked) == 1 else "text"
+
+
+def _row_task(rows: Rows, index: int, renderer: Renderer) -> Task:
+    raw = rows.raw(index)
+    if isinstance(raw, Text) or (isinstance(raw, Completion) and not raw.prompt and not renderer.prompt_of(raw)):
+        return "likelihood"
+    if isinstance(raw, Chat) and raw.label is not None:
+        return "labels"
+    if isinstance(raw, Chat) and not _is_plain(raw):
+        tokens = rows.row(index)
+        return "json" if len(tokens.ids) and is_json(make_case(index, raw, tokens, renderer).expected) else "text"
+    return "json" if is_json(_expected_text(raw, np.empty(0, dtype=np.int32), renderer)) else "text"
 
 
 def answer_limit(cases: Sequence[Case], most: int) -> int:

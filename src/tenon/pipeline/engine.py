@@ -13,6 +13,7 @@ import torch
 from tenon.adapters.bank import AdapterBank
 from tenon.bases.identity import hash_base
 from tenon.bases.locate import locate_base
+from tenon.data.dataset import read_template
 from tenon.data.render import Renderer
 from tenon.data.tokenizer import load_tokenizer
 from tenon.errors import BaseModelError, PlanError
@@ -34,9 +35,11 @@ class Workbench:
     bank: AdapterBank
 
     def renderer(self, template: str | None) -> Renderer:
-        """The renderer of this base; template: a file instead of the base's own chat template."""
-        text = None if template is None else Path(template).read_text(encoding="utf-8")
-        return Renderer(load_tokenizer(self.folder), text)
+        """The renderer of this base; template: a file instead of the base's own chat template.
+
+        Raises DataError data-template-file.
+        """
+        return Renderer(load_tokenizer(self.folder), read_template(template))
 
 
 def find_base(base: BasePlan, settings: Settings) -> Path:

@@ -54,6 +54,7 @@ def finish_slot(
         recipe_hash=slot.recipe_hash,
         metrics=metrics,
         parent=slot.lora.start_from,
+        system=slot.data.system,
     )
     entry = _register_once(Registry(settings.registry), slot.register_as, folder, draft)
     emit("registered", slot=slot.name, name=entry.name, version=entry.version)

@@ -10,6 +10,7 @@ from pathlib import Path
 from tenon.adapters.peft_files import load_adapter, read_adapter
 from tenon.batch import NO_SLOT
 from tenon.data.render import Renderer
+from tenon.data.tokens import TRAINING_DATE
 from tenon.errors import AdapterError
 from tenon.pipeline.engine import Workbench
 from tenon.plan.requests import Subject
@@ -31,6 +32,16 @@ class Subjects:
             self._require_template(subject)
             self._loaded[key] = load_adapter(self._bench.bank, subject.label, read_adapter(Path(subject.folder)))
         return self._loaded[key]
+
+    def renderer(self, subject: Subject) -> Renderer:
+        """How conversations with the subject are rendered.
+
+        An adapter is asked as it was trained: with its own system message where the conversation brings none, and, in
+        templates that write the date, with the date of training. The bare base gets neither.
+        """
+        if subject.folder is None:
+            return self._renderer
+        return self._renderer.adapted(system=subject.system, now=TRAINING_DATE)
 
     def _require_template(self, subject: Subject) -> None:
         if subject.template_hash and subject.template_hash != self._renderer.template_hash:

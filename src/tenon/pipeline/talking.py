@@ -29,8 +29,9 @@ def open_engine(engine: Engine, settings: Settings, emit: Emit) -> tuple[Workben
 
 def answer_prompts(request: GenerateRequest, emit: Emit, settings: Settings) -> None:
     """Answer every prompt of a request; a `completion` event each."""
-    bench, renderer = open_engine(request.engine, settings, emit)
-    slot = Subjects(bench, renderer).slot(request.subject)
+    bench, shared = open_engine(request.engine, settings, emit)
+    subjects = Subjects(bench, shared)
+    slot, renderer = subjects.slot(request.subject), subjects.renderer(request.subject)
     asked = []
     for number, prompt in enumerate(request.prompts):
         ids = renderer.prompt(prompt.messages, prompt.tools or None, source=prompt.source)
@@ -64,11 +65,12 @@ def converse(requests: Iterator[ChatRequest], emit: Emit, settings: Settings) ->
     emit("ready", adapters=[subject.label for subject in start.subjects])
     for turn in requests:
         if isinstance(turn, ChatTurn):
-            _answer_turn(turn, bench, renderer, subjects, emit)
+            _answer_turn(turn, bench, subjects, emit)
 
 
-def _answer_turn(turn: ChatTurn, bench: Workbench, renderer: Renderer, subjects: Subjects, emit: Emit) -> None:
+def _answer_turn(turn: ChatTurn, bench: Workbench, subjects: Subjects, emit: Emit) -> None:
     started = time.monotonic()
+    renderer = subjects.renderer(turn.subject)
     ids = renderer.prompt(turn.messages)
     _require_room(bench, ids, "the conversation")
     stream = renderer.tokenizer.stream()

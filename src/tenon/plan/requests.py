@@ -26,13 +26,15 @@ class Subject(Value):
 
     label: `base`, `name@version`, or the name of a run's slot: how results and `/adapter` call it.
     folder: PEFT layout (adapter_config.json, adapter_model.safetensors). template_hash: what it was trained with; a
-    renderer that differs refuses it ("" when unknown: adapters made elsewhere).
+    renderer that differs refuses it ("" when unknown: adapters made elsewhere). system: the system message that it was
+    trained with; conversations that bring none get it.
     """
 
     label: str
     folder: str | None = None
     adapter_hash: str | None = None
     template_hash: str = ""
+    system: str | None = None
 
 
 class Sampling(Value):

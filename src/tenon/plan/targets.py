@@ -43,15 +43,14 @@ def check_rank(facts: ModelFacts, sites: Sequence[str], rank: int) -> None:
 
     Raises PlanError: plan-rank-too-large, plan-rank-unservable.
     """
-    for site in sites:
-        out, into = facts.linear_shape(parse_site(site)[1])
-        if rank > min(out, into):
-            raise PlanError(
-                "plan-rank-too-large",
-                f"lora.rank {rank} is larger than {site}, which is {out} x {into}",
-                got=str(rank),
-                hint=f"set lora.rank to at most {min(min(facts.linear_shape(parse_site(s)[1])) for s in sites)}",
-            )
+    narrowest = min(sites, key=lambda site: min(facts.linear_shape(parse_site(site)[1])))
+    out, into = facts.linear_shape(parse_site(narrowest)[1])
+    if rank > min(out, into):
+        raise PlanError(
+            "plan-rank-too-large",
+            f"lora.rank {rank} is larger than a side of {narrowest}, which is {out} x {into}",
+            hint=f"set lora.rank to at most {min(out, into)}, or leave such matrices out of lora.targets",
+        )
     if rank > VLLM_RANKS[-1]:
         raise PlanError(
             "plan-rank-unservable",

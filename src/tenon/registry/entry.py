@@ -16,7 +16,7 @@ class EntryDraft(Value):
 
     run: name of the run that made it. base_spec: the base as it was asked for; base_hash: of its contents. The hashes
     of data, template and recipe are None for an adapter that was made elsewhere. parent: the NAME@VERSION, or the
-    folder, that its training started from.
+    folder, that its training started from. system: the system message that rows without one were given in training.
     """
 
     base_spec: str
@@ -27,6 +27,7 @@ class EntryDraft(Value):
     recipe_hash: str | None = None
     metrics: tuple[Metric, ...] = ()
     parent: str | None = None
+    system: str | None = None
 
 
 class Entry(Value):
@@ -34,7 +35,7 @@ class Entry(Value):
 
     created: unix seconds. rank, alpha, scale: of most of its matrices (`scale` multiplies B A x); targets: the modules
     that it adapts, in forward order; matrices: how many; parameters: of all A and B.
-    files: the PEFT files by name.
+    files: the PEFT files by name. system: see EntryDraft; turns that bring no system message get it again.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Entry(Value):
     matrices: int
     parameters: int
     files: dict[str, FileFacts]
+    system: str | None = None
 
     @property
     def label(self) -> str:

@@ -225,6 +225,7 @@ def _entry(name: str, version: int, folder: Path, facts: AdapterFacts, draft: En
         recipe_hash=draft.recipe_hash,
         metrics=draft.metrics,
         parent=draft.parent,
+        system=draft.system,
         rank=facts.rank,
         alpha=facts.alpha,
         scale=facts.scale,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from tenon.errors import RecipeError
 
@@ -74,18 +74,24 @@ def metric_facts(name: str, *, key: str = "") -> MetricFacts:
     )
 
 
-def choose_metrics(asked: Sequence[str], task: Task) -> tuple[str, ...]:
+def fit_any_rows(names: Sequence[str]) -> bool:
+    """Whether the metrics make sense whatever the rows are."""
+    return all(set(get_args(Task)) <= set(metric_facts(name).tasks) for name in names)
+
+
+def choose_metrics(asked: Sequence[str], task: Task, *, key: str = "") -> tuple[str, ...]:
     """The metrics to measure on rows of a task: those asked for, and the loss always; the usual ones when none is.
 
-    Raises RecipeError recipe-metric-unknown, recipe-metric-inapplicable.
+    key: where they were asked for. Raises RecipeError recipe-metric-unknown, recipe-metric-inapplicable.
     """
     for name in asked:
         if task not in metric_facts(name).tasks:
             raise RecipeError(
                 "recipe-metric-inapplicable",
-                f"{name} does not apply to these rows: {_WHAT_ROWS_ARE[task]}",
+                (f"{key}: " if key else "") + f"{name} does not apply to these rows: {_WHAT_ROWS_ARE[task]}",
                 got=name,
-                hint=f"metrics that do: {', '.join(m.name for m in METRICS.values() if task in m.tasks)}",
+                hint=f"choose from {', '.join(m.name for m in METRICS.values() if task in m.tasks)}"
+                + (f", or leave {key} out" if key else ""),
             )
     return tuple(dict.fromkeys((*asked, "loss"))) if asked else DEFAULT_METRICS[task]
 
