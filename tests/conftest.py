@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: the public data sets beside the checkout, and settings that point into a temporary folder."""
+"""Fixtures of the whole suite: the public data sets beside the checkout, and settings of one test's own."""
 
 from __future__ import annotations
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from tenon.bases.facts import ModelFacts
 from tenon.values import Value
 
@@ -104,7 +106,7 @@ class SourcePlan(Value):
     path: str
     weight: float = 1.0
     format: str = "auto"
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default={})
 
 
 class DataPlan(Value):

@@ -5,6 +5,8 @@ This module does not know how examples were produced or scored.
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from tenon.values import Value
 
 
@@ -21,7 +23,7 @@ class Example(Value):
     expected: str
     got: str | None = None
     tokens: int = 0
-    scores: dict[str, float] = {}
+    scores: dict[str, float] = Field(default={})
 
 
 class Metric(Value):
