@@ -159,6 +159,7 @@ def run_trl(a: argparse.Namespace, folder: Path, train: Path, root: Path) -> Sco
     steps = EPOCHS * -(-len(rows) // ROWS)
     words = [a.peer, str(REPOSITORY / "benchmarks" / "peers" / "trl_sft.py"), str(folder), str(data), str(out)]
     words += ["--epochs", str(EPOCHS), "--rows", str(ROWS), "--rank", str(RANK), "--alpha", str(ALPHA), "--lr", str(LR)]
+    words += ["--dtype", "bfloat16"] if torch.cuda.is_available() else []
     words += ["--warmup", str(round(WARMUP * steps))]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if a.peer_path:

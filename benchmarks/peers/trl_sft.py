@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0)
     parser.add_argument("--schedule", default="cosine")
     parser.add_argument("--warmup", type=float, default=0)
+    parser.add_argument("--dtype", default="", help="of the base; empty leaves it to TRL")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--config", default="{}", help="more fields of SFTConfig, as JSON")
     a = parser.parse_args()
@@ -108,7 +109,7 @@ def main() -> None:
     clock = StepClock()
     config = make_config(a)
     trainer = CountingTrainer(
-        model=AutoModelForCausalLM.from_pretrained(a.base, dtype=torch.bfloat16 if a.threads == 0 else torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(a.base, dtype=a.dtype) if a.dtype else a.base,
         args=config,
         train_dataset=read_rows(a.data, a.most),
         processing_class=AutoTokenizer.from_pretrained(a.base),
