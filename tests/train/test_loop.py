@@ -14,6 +14,8 @@ from tenon.models.decoder import Decoder
 from tenon.train.interrupt import StopNow, StopSignal
 from tenon.train.loop import Trainer
 from tenon.train.slot import SlotTraining
+from tenon.train.step import StepOptions, accumulate_window
+from tenon.train.windows import Cursor
 from tests.tiny import CPU, tiny_decoder
 from tests.train.world import Asked, Ports, make_slot, make_trainer, optimizer_plan, schedule_plan, some_rows
 
@@ -334,3 +336,38 @@ def test_memory_does_not_grow_with_steps(tmp_path: Path) -> None:
     ports.on_event = count
     build(ports, Asked(steps=40, drop=0.1))[0].run()
     assert len(alive) == 2 and alive[1] <= alive[0]
+
+
+def test_p02_the_last_shorter_window_is_divided_by_its_own_tokens(tmp_path: Path) -> None:
+    """Ten rows in steps of four: the third step has two rows, and is the step that these two make alone."""
+    ports = Ports(tmp_path)
+    trainer, (training,) = build(ports, Asked(epochs=1, optimizer=optimizer_plan(clip=0.0)))
+    before_last: list[torch.Tensor] = []
+
+    def remember(kind: str, fields: dict[str, object]) -> None:
+        if (kind, fields.get("step")) == ("step", 2):
+            before_last.append(training.slot.parameters_P.clone())
+
+    ports.on_event = remember
+    trainer.run()
+    last = ports.of("step")[-1]
+    assert (last["step"], last["rows"]) == (3, 2)
+
+    decoder = tiny_decoder()
+    bank = AdapterBank(decoder.facts, dtype=torch.float32, device=CPU)
+    again = make_slot(decoder, bank, Asked(epochs=1), some_rows(10))
+    again.slot.parameters_P.copy_(before_last[0])
+    again.cursor = Cursor(2, 8)
+    rows = again.window()
+    assert len(rows) == 2
+    total, count = 0.0, 0
+    for row in rows:
+        found = accumulate_window(decoder, bank, [row], StepOptions(64, share_prefix=False, recompute=False))[0]
+        total, count = total + found.loss * found.supervised_tokens, count + found.supervised_tokens
+    assert last["supervised_tokens"] == count
+    assert last["loss"] == pytest.approx(total / count, rel=1e-5)
+    gradient = again.slot.gradients_P
+    assert gradient is not None
+    gradient.zero_()
+    accumulate_window(decoder, bank, rows, StepOptions(64, share_prefix=False, recompute=False))
+    assert last["grad_norm"] == pytest.approx(float(gradient.norm()), rel=1e-5)
