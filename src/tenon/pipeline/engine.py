@@ -11,17 +11,13 @@ from pathlib import Path
 import torch
 
 from tenon.adapters.bank import AdapterBank
-from tenon.bases.identity import hash_base
-from tenon.bases.locate import locate_base
 from tenon.data.dataset import read_template
 from tenon.data.render import Renderer
 from tenon.data.tokenizer import load_tokenizer
-from tenon.errors import BaseModelError, PlanError
+from tenon.errors import PlanError
 from tenon.models.decoder import Decoder
 from tenon.models.load import load_decoder
-from tenon.models.prepare import prepare_base
 from tenon.plan.values import BasePlan, MachineFacts, Precision
-from tenon.settings import Settings
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,20 +36,6 @@ class Workbench:
         Raises DataError data-template-file.
         """
         return Renderer(load_tokenizer(self.folder), read_template(template))
-
-
-def find_base(base: BasePlan, settings: Settings) -> Path:
-    """The prepared folder of the planned base. Raises BaseModelError base-changed when its contents are others now."""
-    location = locate_base(base.path, settings)
-    found = hash_base(location, settings)
-    if found != base.base_hash:
-        raise BaseModelError(
-            "base-changed",
-            f"the base at {base.path} is not the one that was planned with ({base.base_hash[:12]})",
-            got=found[:12],
-            hint="put the planned base back, or plan and train anew",
-        )
-    return prepare_base(location, settings)
 
 
 def load_workbench(folder: Path, base: BasePlan, machine: MachineFacts, precision: Precision) -> Workbench:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tenon.data.dataset import inspect
-from tenon.pipeline.engine import find_base
+from tenon.pipeline.base import find_base
 from tenon.pipeline.slot_data import Emit, progress_events
 from tenon.plan.requests import InspectRequest
 from tenon.settings import Settings

@@ -9,7 +9,8 @@ from tenon.data.dataset import open_dataset
 from tenon.data.store import RowStore
 from tenon.evaluate.run import evaluate, evaluate_many
 from tenon.evaluate.values import EvaluationOptions, OnProgress, SubjectSlot
-from tenon.pipeline.engine import Workbench, find_base, load_workbench
+from tenon.pipeline.base import find_base
+from tenon.pipeline.engine import Workbench, load_workbench
 from tenon.pipeline.slot_data import Emit, SlotData, progress_events
 from tenon.pipeline.subjects import Subjects
 from tenon.plan.requests import EvaluateRequest

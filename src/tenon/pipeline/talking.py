@@ -12,7 +12,8 @@ from tenon.data.render import Renderer
 from tenon.errors import DataError, StopRequestedError, UsageError
 from tenon.infer.generate import generate
 from tenon.infer.requests import Completion, Request
-from tenon.pipeline.engine import Workbench, find_base, load_workbench
+from tenon.pipeline.base import find_base
+from tenon.pipeline.engine import Workbench, load_workbench
 from tenon.pipeline.slot_data import Emit
 from tenon.pipeline.subjects import Subjects
 from tenon.plan.requests import ChatRequest, ChatStart, ChatTurn, Engine, GenerateRequest, Sampling

@@ -15,7 +15,8 @@ from tenon.adapters.bank import SiteShape, SlotShape, initialise
 from tenon.adapters.peft_files import fill_slot, read_adapter
 from tenon.data.order import RowOrder
 from tenon.errors import StopRequestedError, TenonError
-from tenon.pipeline.engine import Workbench, find_base, load_workbench
+from tenon.pipeline.base import find_base
+from tenon.pipeline.engine import Workbench, load_workbench
 from tenon.pipeline.finish import finish_slot
 from tenon.pipeline.slot_data import SlotData, open_slot_data
 from tenon.pipeline.validation import Validator
