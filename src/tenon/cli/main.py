@@ -1,9 +1,8 @@
 """The entry of the `tenon` command. Written so that an old Python can read it and say what is wrong.
 
-It imports nothing until the Python version is known to do. This module does not know any command.
+It imports nothing until the Python version is known to do, and no `annotations` of the future: the oldest have none.
+This module does not know any command.
 """
-
-from __future__ import annotations
 
 import sys
 

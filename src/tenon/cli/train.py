@@ -29,15 +29,15 @@ def train(
     """
     from tenon.cli.plan_view import show_plan
     from tenon.service.plans import make_plan
-    from tenon.service.training import create_run
+    from tenon.service.training import new_run
 
     session = session_of(ctx)
     recipes, overrides = split_words(words)
     planned = make_plan(recipes, overrides, session.settings)
     if not quiet and not as_json:
         show_plan(session.err, planned.plan, choices=False)
-    run = create_run(planned.plan, planned.recipe_texts)
-    _follow(session, run, quiet=quiet, as_json=as_json, detach=detach)
+    with new_run(planned.plan, planned.recipe_texts) as run:
+        _follow(session, run, quiet=quiet, as_json=as_json, detach=detach)
 
 
 def resume(
@@ -55,7 +55,7 @@ def resume(
 
 def _follow(session: Session, run: RunFolder, *, quiet: bool, as_json: bool, detach: bool) -> None:
     """Start the worker and show its events until the end."""
-    from tenon.errors import StopRequestedError
+    from tenon.errors import StopRequestedError, TenonError
     from tenon.service.training import start_training
 
     training = start_training(run, session.settings, detach=detach)
@@ -68,9 +68,12 @@ def _follow(session: Session, run: RunFolder, *, quiet: bool, as_json: bool, det
             _stream(session, training)
         else:
             _watch(session, training, quiet=quiet)
-    except StopRequestedError as stop:
-        # The worker knows its folder, not how it was named here.
-        raise StopRequestedError(stop.code, stop.what, hint=f"tenon resume {run.path}") from stop
+    except TenonError as error:
+        # The worker does not know how its run was named here.
+        resume_it = f"tenon resume {run.path}"
+        stopped = isinstance(error, StopRequestedError)
+        hint = resume_it if stopped else error.hint.replace("tenon resume RUN", resume_it)
+        raise type(error)(error.code, error.what, got=error.got, hint=hint) from error
 
 
 def _stream(session: Session, training: Training) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from tenon.adapters.bank import AdapterBank
-from tenon.data.dataset import read_template
 from tenon.data.render import Renderer
+from tenon.data.template import read_template
 from tenon.data.tokenizer import load_tokenizer
 from tenon.errors import PlanError
 from tenon.models.decoder import Decoder

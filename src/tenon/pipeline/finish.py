@@ -13,7 +13,7 @@ from tenon.pipeline.judging import judge_against_base
 from tenon.pipeline.slot_data import Emit, SlotData
 from tenon.plan.values import Plan
 from tenon.registry.entry import Entry, EntryDraft
-from tenon.registry.store import Registry
+from tenon.registry.store import ENTRY_NAME, Registry
 from tenon.runs.atomic import write_folder_atomic
 from tenon.runs.checkpoints import hash_file
 from tenon.runs.folder import RunFolder
@@ -53,11 +53,18 @@ def finish_slot(
         template_hash=data.dataset.renderer.template_hash,
         recipe_hash=slot.recipe_hash,
         metrics=metrics,
-        parent=slot.lora.start_from,
+        parent=_parent(slot.lora.start_from),
         system=slot.data.system,
     )
     entry = _register_once(Registry(settings.registry), slot.register_as, folder, draft)
     emit("registered", slot=slot.name, name=entry.name, version=entry.version)
+
+
+def _parent(start: str | None) -> str | None:
+    """NAME@VERSION of a registered adapter, the folder of another."""
+    if start is None or not (Path(start) / ENTRY_NAME).is_file():
+        return start
+    return f"{Path(start).parent.name}@{Path(start).name}"
 
 
 def _register_once(registry: Registry, name: str, folder: Path, draft: EntryDraft) -> Entry:

@@ -142,7 +142,8 @@ class LoraSection(Section):
     start_from: str | None = Field(
         default=None,
         min_length=1,
-        description="Folder of an adapter whose weights are the start; its rank and matrices must be the recipe's.",
+        description="Adapter whose weights are the start: a folder, a registered name, or a run. Its rank, scale and "
+        "matrices must be the recipe's.",
     )
 
 

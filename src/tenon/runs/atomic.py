@@ -89,7 +89,7 @@ def _aside(path: Path, *, folder: bool = False, need_bytes: int | None = None) -
     except Exception as error:
         _remove(aside)  # before measuring what is free
         if is_full(error):
-            raise disk_full(path, need_bytes, f"writing {path.name}") from error
+            raise disk_full(path, need_bytes, f"writing {path.name}", error) from error
         raise
     except BaseException:
         _remove(aside)
@@ -109,7 +109,7 @@ def _create_locked(path: Path, *, folder: bool, need_bytes: int | None) -> tuple
                 handle = os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except OSError as error:
             if is_full(error):
-                raise disk_full(path, need_bytes, f"writing {path.name}") from error
+                raise disk_full(path, need_bytes, f"writing {path.name}", error) from error
             raise
         # Some network file systems lock no folders: then nothing is ever taken for a leftover there.
         with suppress(OSError):

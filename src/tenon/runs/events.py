@@ -88,7 +88,7 @@ class EventLog:
         except OSError as error:
             self.close()  # so that the next emit looks for a torn line
             if is_full(error):
-                raise disk_full(self.path, len(line), "the event log") from error
+                raise disk_full(self.path, len(line), "the event log", error) from error
             raise
 
 

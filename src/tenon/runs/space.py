@@ -34,13 +34,17 @@ def require_space(path: Path, need_bytes: int, why: str) -> None:
         raise disk_full(path, need_bytes, why)
 
 
-def disk_full(path: Path, need_bytes: int | None, why: str) -> RunError:
-    """The error of a full disk (or quota, or file size limit), with what is needed and what is free."""
+def disk_full(path: Path, need_bytes: int | None, why: str, error: Exception | None = None) -> RunError:
+    """The error of a full disk (or quota, or file size limit), with what is needed and what is free.
+
+    error: what the system said; a quota or a limit is full while the disk is not.
+    """
     need = f"needed {format_bytes(need_bytes)}, " if need_bytes is not None else ""
+    said = _FULL_WORDS.search(str(error))
     return RunError(
         "run-disk-full",
         f"{path}: no space for {why}",
-        got=f"{need}free {format_bytes(free_bytes(path))}",
+        got=(f"{said[0]}; " if said else "") + f"{need}free {format_bytes(free_bytes(path))}",
         hint="free some space; earlier checkpoints are intact and `tenon resume RUN` goes on from the newest",
     )
 

@@ -20,6 +20,7 @@ from tenon.runs.naming import default_run_folder
 from tenon.service.bases import describe_base
 from tenon.service.environment import require_training
 from tenon.service.sizing import measure_data
+from tenon.service.starting import find_start
 from tenon.settings import Settings
 
 RUNS_FOLDER = "runs"
@@ -63,7 +64,15 @@ def _plan_one(loaded: Loaded, settings: Settings) -> Plan:
     base = describe_base(loaded.base_spec, settings)
     folder = Path(loaded.resolve(loaded.recipe.run)) if loaded.recipe.run else Path(loaded.working_folder)
     machine = read_machine(settings, run_folder=folder)
-    return decide(loaded, base=base, machine=machine, data_size=measure_data(loaded, settings))
+    plan = decide(loaded, base=base, machine=machine, data_size=measure_data(loaded, settings))
+    spec = loaded.recipe.lora.start_from
+    return plan if spec is None else _from_adapter(plan, find_start(spec, plan.slots[0].lora, base, settings))
+
+
+def _from_adapter(plan: Plan, folder: str) -> Plan:
+    (slot,) = plan.slots
+    lora = slot.lora.model_copy(update={"start_from": folder})
+    return plan.model_copy(update={"slots": (slot.model_copy(update={"lora": lora}),)})
 
 
 def _in_free_folder(plan: Plan, now: datetime) -> Plan:

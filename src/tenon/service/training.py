@@ -8,12 +8,13 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from tenon.errors import RunError
+from tenon.errors import RunError, StopRequestedError, TenonError
 from tenon.plan.values import Plan
+from tenon.runs.atomic import remove_folder
 from tenon.runs.events import follow_events
 from tenon.runs.folder import RunFolder
 from tenon.runs.status import RunState, status
@@ -22,6 +23,7 @@ from tenon.service.worker_process import Event, Worker, start_worker
 from tenon.settings import Settings
 
 POLL_SECONDS = 0.1
+_KEEPS_RUN = ("run-worker-", "run-disk-full", "run-busy")
 
 
 class Training:
@@ -49,6 +51,26 @@ def create_run(plan: Plan, recipe_texts: Mapping[str, str]) -> RunFolder:
     """Write a plan into its run folder. recipe_texts: slot -> the recipe as given. Raises RunError (see RunFolder)."""
     texts: str | Mapping[str, str] = next(iter(recipe_texts.values())) if len(recipe_texts) == 1 else recipe_texts
     return RunFolder.create(Path(plan.run_folder), plan_json=plan.to_json(), recipe_text=texts)
+
+
+@contextmanager
+def new_run(plan: Plan, recipe_texts: Mapping[str, str]) -> Iterator[RunFolder]:
+    """`create_run`, to be worked on. What ends it with an error before its first step leaves no run behind.
+
+    The error says all that the folder could, and the folder is free for the next try. A run is kept when there is more
+    to see or to save: it was stopped, the disk was full, or its worker died and left a log.
+    """
+    run = create_run(plan, recipe_texts)
+    try:
+        yield run
+    except StopRequestedError:
+        raise
+    except TenonError as error:
+        now = status(run)
+        if not error.code.startswith(_KEEPS_RUN) and now.step == 0 and now.checkpoint_step is None:
+            with suppress(OSError):  # a mounted disk, say, stays where it is
+                remove_folder(run.path)
+        raise
 
 
 def start_training(run: RunFolder, settings: Settings, *, detach: bool = False) -> Training:

@@ -116,7 +116,7 @@ class Trainer:
             self._save()
             self._ports.emit("stopped", step=self.step)
             raise StopRequestedError(
-                "train-stopped", f"the run was asked to stop; step {self.step} is saved", hint="tenon resume RUN"
+                "run-stopped", f"the run was asked to stop; step {self.step} is saved", hint="tenon resume RUN"
             ) from None
 
     def _train_step(self) -> None:
