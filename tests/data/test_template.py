@@ -145,9 +145,10 @@ def test_a_template_with_a_mistake() -> None:
 def test_template_files(tmp_path: Path) -> None:
     path = tmp_path / "chat.jinja"
     path.write_text("你{{ 1 }}", encoding="utf-8")
-    assert read_template(path) == "你{{ 1 }}"
+    assert read_template(str(path)) == "你{{ 1 }}"
+    assert read_template(None) is None
     path.write_bytes(b"\xff\xfe\xff")
     for missing in (path, tmp_path / "none.jinja"):
         with pytest.raises(DataError) as raised:
-            read_template(missing)
+            read_template(str(missing))
         assert raised.value.code == "data-template-file"

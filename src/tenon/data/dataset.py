@@ -31,6 +31,7 @@ from tenon.data.report import (
 )
 from tenon.data.spool import mapped_io
 from tenon.data.store import FAULTY, LONG, SHORTENED, UNSUPERVISED, Feeder, Measures, Policy, RowStore, Selection
+from tenon.data.template import read_template
 from tenon.data.tokenizer import ChatTokenizer
 from tenon.data.tokens import Rendering, TokenFile, token_spec
 from tenon.errors import DataError
@@ -109,20 +110,6 @@ def inspect(
         picked = used[np.unique(np.linspace(0, len(used) - 1, num=min(rows, len(used))).astype(int))]
         tokenizer = opened.renderer.tokenizer
         return opened.report, tuple(sample_row(opened.train, int(index), tokenizer) for index in picked)
-
-
-def read_template(file: str | None) -> str | None:
-    """The text of a chat template's file; None stays None. Raises DataError data-template-file."""
-    if file is None:
-        return None
-    try:
-        return Path(file).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            "data-template-file",
-            f"{file}: the chat template cannot be read: {error}",
-            hint="correct data.template, or leave it out to use the base's own",
-        ) from error
 
 
 def sample_row(store: RowStore, index: int, tokenizer: ChatTokenizer) -> SampleRow:

@@ -115,15 +115,17 @@ def normal_messages(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     return tuple(found)
 
 
-def read_template(path: Path) -> str:
-    """The source of a template file; raises DataError data-template-file when it cannot be read."""
+def read_template(file: str | None) -> str | None:
+    """The text of a chat template's file; None stays None. Raises DataError data-template-file."""
+    if file is None:
+        return None
     try:
-        return path.read_text(encoding="utf-8")
+        return Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             "data-template-file",
-            f"{path}: the template cannot be read: {error}",
-            hint="check data.template in the recipe",
+            f"{file}: the chat template cannot be read: {error}",
+            hint="correct data.template, or leave it out to use the base's own",
         ) from error
 
 
