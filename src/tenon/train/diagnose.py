@@ -35,8 +35,8 @@ def not_finite_error(
         "train-not-finite",
         what,
         got=str(loss),
-        hint="no weight was changed by this step, and checkpoints are kept; look at the rows with `tenon data RECIPE`, or "
-        "start again with a lower optimizer.lr",
+        hint="no weight was changed by this step, and checkpoints are kept; look at the rows with `tenon data RECIPE`, "
+        "or start again with a lower optimizer.lr",
     )
 
 
