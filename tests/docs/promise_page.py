@@ -14,7 +14,7 @@ PAGE = REPOSITORY / "docs" / "promises.md"
 _ROW = re.compile(r"(\| \*\*P(\d\d)\*\* [^|]+ \| [^|]+ \|) [^|]* \|")
 
 
-def tests_by_promise() -> dict[int, dict[str, list[str]]]:
+def suite_by_promise() -> dict[int, dict[str, list[str]]]:
     """promise -> file -> its tests, as the names of the tests say (`test_p14_p35_…` keeps two)."""
     found: dict[int, dict[str, list[str]]] = {}
     for path in sorted((REPOSITORY / "tests").rglob("test_*.py")):
@@ -34,7 +34,7 @@ def kept(text: str) -> list[int]:
 
 def refreshed(text: str) -> str:
     """The page with the tests of the suite in its last column. Raises ValueError for a promise without a row."""
-    suite = tests_by_promise()
+    suite = suite_by_promise()
     absent = sorted(set(suite) - set(kept(text)))
     if absent:
         raise ValueError(f"{PAGE.name} has no row for P{absent[0]:02}, which has tests: say what is promised")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tests.docs.promise_page import PAGE, kept, refreshed, tests_by_promise
+from tests.docs.promise_page import PAGE, kept, refreshed, suite_by_promise
 
 PROMISES = 36
 
@@ -12,7 +12,7 @@ PROMISES = 36
 def test_the_page_names_every_test_of_a_promise_and_no_other() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert text == refreshed(text), "run: python -m tests.docs.promise_page"
-    assert sum(len(names) for files in tests_by_promise().values() for names in files.values()) >= 170
+    assert sum(len(names) for files in suite_by_promise().values() for names in files.values()) >= 170
 
 
 def test_every_promise_is_either_kept_by_a_test_or_said_not_to_be() -> None:
@@ -20,6 +20,6 @@ def test_every_promise_is_either_kept_by_a_test_or_said_not_to_be() -> None:
     said = re.search(r"Not claimed yet: ([P\d, ]+)\.", text)
     assert said is not None
     not_claimed = [int(number) for number in re.findall(r"\d\d", said[1])]
-    assert set(kept(text)) == set(tests_by_promise())
+    assert set(kept(text)) == set(suite_by_promise())
     assert kept(text) == sorted(kept(text))
     assert sorted(not_claimed + kept(text)) == list(range(1, PROMISES + 1))
