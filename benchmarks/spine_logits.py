@@ -25,6 +25,7 @@ def main() -> None:
         root = Path(name)
         settings = Settings(home=root, cache=root / "cache", offline=True, threads=0, debug=False)
         rows = folder_rows(root, settings) + gguf_rows(root, settings)
+    rows.insert(0, at_most("worst of all", max(row.value for row in rows), "max abs difference of logits", BOUND))
     path = write("spine_logits", rows)
     for row in rows:
         print(f"{row.what}: {row.value:.2e} {row.unit} ({row.bound}: {'ok' if row.met else 'SHORT'})")
