@@ -30,8 +30,8 @@ GPU_RATES: tuple[tuple[str, float], ...] = (
 UNKNOWN_GPU_RATE = 30e12
 # fp32 on a GPU runs without tensor cores.
 FP32_SLOWDOWN = 8.0
-# Measured with SmolLM2-135M on a shared AVX-512 server core (benchmarks/results/spine_demo.json); shared prefixes are
-# not counted. U_CORE_RATE = 60e9
+# Measured with SmolLM2-135M on a shared AVX-512 server core (benchmarks/results/spine_demo.json), rounded down.
+CPU_CORE_RATE = 60e9
 # bf16 without hardware for it.
 CPU_BF16_SLOWDOWN = 3.0
 # What a step costs beside arithmetic: launches, the optimiser, the data.
