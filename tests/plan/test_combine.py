@@ -69,3 +69,10 @@ def test_room_for_all_checkpoints() -> None:
     machine = CPU.model_copy(update={"free_disk_bytes": 300_000_000})
     with pytest.raises(PlanError, match="plan-disk"):
         combine([plan_of(file="a.yaml", machine=machine), plan_of(file="b.yaml", machine=machine)])
+
+
+def test_the_run_folder_is_the_one_that_all_ask_for() -> None:
+    asked = combine([plan_of("run=/runs/both", file="a.yaml"), plan_of("run=/runs/both", file="b.yaml")])
+    assert asked.run_folder == "/runs/both"
+    named = combine([plan_of(file="a.yaml"), plan_of(file="b.yaml")])
+    assert named.run_folder.endswith("/a+b")

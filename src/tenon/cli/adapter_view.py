@@ -48,6 +48,7 @@ def show_entry(console: Console, entry: Entry, folder: Path) -> None:
         ("data", entry.data_hash or unknown),
         ("template", entry.template_hash or unknown),
         ("recipe", entry.recipe_hash or unknown),
+        ("system", "none" if entry.system is None else entry.system),
         ("adapter hash", entry.adapter_hash),
     ]
     table = Table.grid(padding=(0, 2))

@@ -48,7 +48,7 @@ def combine(plans: Sequence[Plan]) -> Plan:
             "share_prefix": all(plan.share_prefix for plan in plans),
             "slots": slots,
             "checkpoint": checkpoint,
-            "run_folder": str(Path(first.run_folder).parent / "+".join(slot.name for slot in slots)[:120]),
+            "run_folder": _run_folder(plans),
             "trackers": tuple(dict.fromkeys(name for plan in plans for name in plan.trackers)),
             "estimate": _estimate(plans, micro_tokens=micro_tokens, recompute=recompute),
             "choices": tuple(_own(choice, plan) for plan in plans for choice in plan.choices),
@@ -57,6 +57,15 @@ def combine(plans: Sequence[Plan]) -> Plan:
     )
     _check_fits(combined)
     return combined
+
+
+def _run_folder(plans: Sequence[Plan]) -> str:
+    """The folder that all recipes ask for, or else one named after all of them."""
+    asked = {plan.run_folder for plan in plans}
+    if len(asked) == 1:
+        return asked.pop()
+    names = "+".join(slot.name for plan in plans for slot in plan.slots)
+    return str(Path(plans[0].run_folder).parent / names[:120])
 
 
 def _check_shared(first: Plan, other: Plan) -> None:
