@@ -92,7 +92,8 @@ def trl(a: argparse.Namespace, folder: Path, data: Path, out: Path, config: dict
     words = [a.peer, str(REPOSITORY / "benchmarks" / "peers" / "trl_sft.py"), str(folder), str(data), str(out)]
     words += ["--steps", str(a.steps), "--rows", str(a.rows), "--config", json.dumps(config), "--most", "2000"]
     words += ["--dtype", "float32"] if config else []
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # Tenon starts its workers so too: on a machine that does anything else, spinning threads cost both systems dearly.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, stderr=sys.stderr, text=True, check=True)
     figures = json.loads(done.stdout.rpartition("RESULT ")[2])
     print(json.dumps(figures["settings"]), flush=True)
