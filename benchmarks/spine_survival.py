@@ -9,11 +9,11 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.report import Row, at_least, write
-from benchmarks.survival import fill_disk_once, finish, kill_at_random, outcome, small_disk
+from benchmarks.survival import fill_disk_once, finish, kill_at_random, longest_life, outcome, small_disk
 from tests.journeys.world import World, make_world
 
 KILLS = 25
-OVERRIDES = ("limits.epochs=40", "checkpoint.every=5", "validation.every=40")
+OVERRIDES = ("limits.epochs=250", "checkpoint.every=5", "validation.every=40")
 DISK_BYTES = 24 << 20
 
 
@@ -25,7 +25,7 @@ def main() -> None:
         seconds = finish(world, calm)
         expected = outcome(calm)
         killed = world.plan_run(world.root / "runs" / "killed", *OVERRIDES)
-        worked = kill_at_random(world, killed, kills=KILLS, life_seconds=0.6 * seconds, seed=0)
+        worked = kill_at_random(world, killed, kills=KILLS, life_seconds=longest_life(calm, seconds, KILLS), seed=0)
         found = outcome(killed)
         rows = [
             Row("steps of the run", len(expected.losses), "steps"),

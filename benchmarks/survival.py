@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tenon.runs.checkpoints import hash_file
-from tenon.runs.events import curve
+from tenon.runs.events import curve, read_events
 from tests.journeys.world import World
 
 RESUMABLE_EXITS = (1, 75)
@@ -48,10 +48,21 @@ def outcome(run: Path) -> Outcome:
     return Outcome(hash_file(adapter), losses)
 
 
+def longest_life(calm: Path, seconds: float, kills: int) -> float:
+    """How long a life may be, so that even `kills` of the longest do not finish the work of a calm run that took
+    seconds.
+
+    A life is the start of the process and its share of the steps.
+    """
+    steps = [float(event["t"] or 0) for event in read_events(calm / "events.jsonl") if event["kind"] == "step"]
+    work_seconds = steps[-1] - steps[0]
+    return seconds - work_seconds + work_seconds / kills
+
+
 def kill_at_random(world: World, run: Path, *, kills: int, life_seconds: float, seed: int) -> int:
     """SIGKILL the run's worker `kills` times, each at a random instant of at most life_seconds; then let it finish.
 
-    Returns how many of the lives had done at least one step of their own.
+    Returns how many of the lives had done some steps of their own.
     """
     draw = random.Random(seed)
     worked = 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.survival import Outcome, finish, kill_at_random, outcome
+from benchmarks.survival import Outcome, finish, kill_at_random, longest_life, outcome
 from tenon.errors import EXIT_RESUME
 from tests.journeys.world import World, make_world
 
@@ -36,7 +36,8 @@ def calm(world: World) -> tuple[Outcome, float]:
 def test_p21_sigkill_at_random_instants(world: World, calm: tuple[Outcome, float]) -> None:
     """Five kills here; benchmarks/spine_survival.py does twenty-five."""
     run = world.plan_run(world.root / "runs" / "killed", *OVERRIDES)
-    kill_at_random(world, run, kills=5, life_seconds=0.6 * calm[1], seed=1)
+    life_seconds = longest_life(world.root / "runs" / "calm", calm[1], kills=5)
+    kill_at_random(world, run, kills=5, life_seconds=life_seconds, seed=1)
     assert outcome(run) == calm[0]
 
 
