@@ -28,12 +28,9 @@ from tests.tiny import CPU, random_slot, slot_shape
 VOCAB = 97
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random llama in transformers' files, with weights of usual size."""
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
+def tiny_config() -> LlamaConfig:
+    """A tiny llama."""
+    return LlamaConfig(
         hidden_size=48,
         num_hidden_layers=3,
         num_attention_heads=4,
@@ -47,7 +44,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=2,
         pad_token_id=0,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random llama in transformers' files."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config()).save_pretrained(str(folder))
     return folder
 
 
