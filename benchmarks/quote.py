@@ -2,7 +2,7 @@
 
 A quoted figure stands between two comments, which no reader sees:
 
-    <!-- figure NAME | WHAT | FORMAT -->TEXT<!-- /figure -->
+    <!-- figure NAME :: WHAT :: FORMAT -->TEXT<!-- /figure -->
 
 NAME: a result file. WHAT: a row's `what`, or `device`. FORMAT: a Python format of the value, or `percent` (one
 decimal), `minutes` (of seconds), `yes`.
@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.report import REPOSITORY, RESULTS
 
 DOCUMENTS = ("README.md", "README.zh-CN.md", "docs/guide.md", "docs/guide.zh-CN.md", "docs/benchmarks.md")
-_QUOTE = re.compile(r"<!-- figure (\S+) \| (.+?) \| (\S+) -->(.*?)<!-- /figure -->", re.DOTALL)
+_QUOTE = re.compile(r"<!-- figure (\S+) :: (.+?) :: (\S+) -->(.*?)<!-- /figure -->", re.DOTALL)
 
 
 def shown(value: float, form: str) -> str:
@@ -52,7 +52,7 @@ def fill(path: Path) -> int:
 
     def current(match: re.Match[str]) -> str:
         name, what, form, _ = match.groups()
-        return f"<!-- figure {name} | {what} | {form} -->{figure(name, what, form)}<!-- /figure -->"
+        return f"<!-- figure {name} :: {what} :: {form} -->{figure(name, what, form)}<!-- /figure -->"
 
     text, count = _QUOTE.subn(current, path.read_text("utf-8"))
     path.write_text(text, "utf-8")
