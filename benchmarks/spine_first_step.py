@@ -25,6 +25,7 @@ RECIPE = """\
 base: smollm2-135m
 data:
   train: rows.jsonl
+  heldout: 0
 batch:
   rows: 16
 limits:
