@@ -173,7 +173,7 @@ def test_a_detached_worker_goes_on(workplace: Path, fake_settings: Settings) -> 
 
 
 def test_resume_goes_on_where_it_stopped(workplace: Path, fake_settings: Settings, tenon: Command) -> None:
-    write_recipe(workplace, "slow-run", steps=12)
+    write_recipe(workplace, "slow-run", steps=24)
     process = start(workplace, fake_settings, "train", "slow-run.yaml")
     run = wait_for_step(workplace, 2)
     os.kill(process.pid, signal.SIGINT)
@@ -183,7 +183,7 @@ def test_resume_goes_on_where_it_stopped(workplace: Path, fake_settings: Setting
     events = [json.loads(line) for line in done.out.splitlines()]
     assert done.status == 0
     assert events[0]["kind"] == "resume" and events[0]["step"] == stopped
-    assert [event["step"] for event in events if event["kind"] == "step"] == list(range(stopped + 1, 13))
+    assert [event["step"] for event in events if event["kind"] == "step"] == list(range(stopped + 1, 25))
 
 
 def test_a_finished_run_is_not_resumed(tenon: Command) -> None:
