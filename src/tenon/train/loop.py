@@ -126,6 +126,7 @@ class Trainer:
         rows = [row for window in windows.values() for row in window]
         if not rows:
             return
+        data_seconds = time.monotonic() - started
         losses = self._gradient(active, rows)
         norms = {t.number: t.optimizer.clip() for t in active}
         self._require_finite(active, rows, losses, norms)
@@ -135,7 +136,7 @@ class Trainer:
         seconds = time.monotonic() - started
         for t in active:
             t.advance(seconds)
-            self._report(t, losses[t.number], norms[t.number], factors[t.number], seconds)
+            self._report(t, losses[t.number], norms[t.number], factors[t.number], seconds, data_seconds)
 
     def _gradient(self, active: Sequence[SlotTraining], rows: Sequence[PackRow]) -> dict[int, WindowLoss]:
         """The window's gradient, unscaled. In fp16 an overflow halves the scale and the window is made again."""
@@ -165,7 +166,10 @@ class Trainer:
                 mine = [row for row in rows if row.slot == t.number]
                 raise not_finite_error(self._decoder, self._bank, t, mine, losses[t.number].loss)
 
-    def _report(self, t: SlotTraining, loss: WindowLoss, norm: float, factor: float, seconds: float) -> None:
+    def _report(
+        self, t: SlotTraining, loss: WindowLoss, norm: float, factor: float, seconds: float, data_seconds: float
+    ) -> None:
+        """data_seconds: how much of the step's `seconds` was spent waiting for its rows."""
         left = t.cursor.seconds * (1 - t.progress) / t.progress if t.progress > 0 else 0.0
         self._ports.emit(
             "step",
@@ -182,6 +186,7 @@ class Trainer:
             memory_bytes=_memory_bytes(self._decoder.device),
             progress=t.progress,
             seconds=seconds,
+            data_seconds=data_seconds,
             seconds_left=left,
         )
 
