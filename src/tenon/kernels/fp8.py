@@ -1,0 +1,94 @@
+"""Rows in fp8 (E4M3) with one scale a row, and products of two such matrices.
+
+    amax_t = max_d |x_td c_d|,   scale_t = amax_t / 448,   v_td = e4m3(x_td c_d * 448 / amax_t)
+    x_td c_d ~ v_td scale_t,     y_to = (sum_d v_td w_od) scale_t scale_o + bias_o
+
+c_d is an optional scale of the columns, folded in before the row's own scale is found: with the scales s_o of a
+weight's rows folded into dY, the weight's fp8 values alone serve its transposed product (`dX = (dY s) V`, the scale of
+V^T is 1).
+
+448 is E4M3's largest number. Nothing is clamped: a quotient above 448 by a rounding error rounds back to 448. A row of
+zeros has the scale of SMALLEST_AMAX, which is so small because gradients of a mean over many tokens, times s_o, are; a
+row that is not finite stays not finite.
+
+Source: Micikevicius et al., 2022 (FP8 formats for deep learning). Shape legend: T rows, D features, O outputs.
+This module does not know which matrix is a weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FP8_DTYPE = torch.float8_e4m3fn
+FP8_MAX = 448.0
+SMALLEST_AMAX = 1e-30
+# The tensor cores' products want rows of whole 16-byte pieces.
+FP8_MULTIPLE = 16
+FP8_CAPABILITY = (8, 9)
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Rows:
+    """A matrix (T, D) in E4M3, contiguous, with the fp32 scale (T) of each row."""
+
+    values_TD: Tensor
+    scale_T: Tensor
+
+
+def quantise_rows_reference(x_TD: Tensor, column_scale_D: Tensor | None = None) -> Fp8Rows:
+    """The formula in plain torch."""
+    x = x_TD.float() if column_scale_D is None else x_TD.float() * column_scale_D
+    amax_T = x.abs().amax(dim=1).clamp(min=SMALLEST_AMAX) if x.shape[1] else x.new_full((len(x),), SMALLEST_AMAX)
+    values_TD = (x * (FP8_MAX / amax_T)[:, None]).to(FP8_DTYPE)
+    return Fp8Rows(values_TD, amax_T / FP8_MAX)
+
+
+def quantise_rows(x_TD: Tensor, column_scale_D: Tensor | None = None) -> Fp8Rows:
+    """(T, D) of any float dtype -> fp8 rows; one pass over the rows on a GPU."""
+    return quantise_rows_reference(x_TD, column_scale_D)
+
+
+def dequantise_rows(rows: Fp8Rows, dtype: torch.dtype) -> Tensor:
+    """(T, D): values times scales, rounded once to dtype."""
+    return (rows.values_TD.float() * rows.scale_T[:, None]).to(dtype)
+
+
+def transposed(values_TD: Tensor) -> Tensor:
+    """(T, D) fp8 -> (D, T), contiguous: the same bytes, elsewhere."""
+    return values_TD.view(torch.uint8).t().contiguous().view(FP8_DTYPE)
+
+
+def multiplies_fp8(device: torch.device, *sizes: int) -> bool:
+    """Whether the device multiplies fp8 itself, at these inner and outer sizes of the frozen matrix."""
+    if device.type != "cuda" or any(size % FP8_MULTIPLE for size in sizes):
+        return False
+    return torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+
+
+def product_reference(x: Fp8Rows, w: Fp8Rows, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(T, D), (O, D) -> (T, O) in plain torch: the same rounded values, multiplied in fp32 (fp64 for fp64)."""
+    wide = torch.promote_types(dtype, torch.float32)
+    y_TO = dequantise_rows(x, wide) @ dequantise_rows(w, wide).t()
+    return (y_TO if bias_O is None else y_TO + bias_O).to(dtype)
+
+
+def product(x: Fp8Rows, w: Fp8Rows, bias_O: Tensor | None, dtype: torch.dtype, *, fast: bool) -> Tensor:
+    """(T, D), (O, D) -> (T, O) by the tensor cores; only where `multiplies_fp8`.
+
+    fast: add up in the tensor cores' own registers (about 14 bits); otherwise partial sums move to fp32.
+    """
+    if not len(x.values_TD):
+        return x.scale_T.new_empty((0, len(w.values_TD)), dtype=dtype)
+    y_TO = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+        x.values_TD,
+        w.values_TD.t(),
+        scale_a=x.scale_T[:, None],
+        scale_b=w.scale_T[None, :],
+        bias=None if bias_O is None else bias_O.to(torch.bfloat16),
+        out_dtype=torch.bfloat16,
+        use_fast_accum=fast,
+    )
+    return y_TO.to(dtype)

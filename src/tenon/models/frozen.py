@@ -1,0 +1,321 @@
+"""Frozen linear maps in the formats a base may be kept in: dense, fp8, int8, nf4.
+
+    y = x W^T + bias,      dx = dy W,      W (O, D) is never trained
+
+One map may hold several modules stacked along its outputs (q, k, v; gate, up); each is quantised alone, as it is put.
+
+| format | kept, bytes a weight | forward | dgrad |
+|---|---|---|---|
+| dense | its dtype | one product | one product |
+| fp8 | E4M3 with a scale a row; twice, the second one transposed: 2 | fp8 | fp8 |
+| int8 | int8 with a scale a row: 1 | dequantised, one product | dequantised, one product |
+| nf4 | bitsandbytes' format: 0.516 | dequantised (to fp8 if asked), one product | the same |
+
+fp8 products need a GPU that multiplies fp8 and sizes of whole sixteens. Elsewhere the same rounded values are
+multiplied in fp32: slow, and the same arithmetic, so that a CPU can test it.
+
+Shape legend: T tokens, D inputs, O outputs. This module does not know layers, adapters or files.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tenon.kernels import fp8, int8, nf4
+from tenon.kernels.fp8 import Fp8Rows
+from tenon.kernels.nf4 import Nf4Weight
+
+FrozenKind = Literal["dense", "fp8", "int8", "nf4"]
+
+# Partial sums of the forward stay in the tensor cores' registers: their error is far below that of fp8 itself. A dgrad
+# sums over up to 28,672 outputs and its error travels through all layers below, so there they move to fp32.
+FAST_FORWARD = True
+FAST_DGRAD = False
+
+
+class FrozenLinear(Protocol):
+    """y = x W^T + bias with W (O, D) frozen, whatever it is kept in.
+
+    output_scale_O: (O) fp32, to be folded into dy before it is quantised for `apply_transposed`; None unless takes_fp8.
+    """
+
+    outputs: int
+    inputs: int
+    bias_O: Tensor | None
+    output_scale_O: Tensor | None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that it keeps while nothing runs."""
+        ...
+
+    @property
+    def takes_fp8(self) -> bool:
+        """Whether `apply` and `apply_transposed` use rows that their producer has quantised to fp8 already."""
+        ...
+
+    def apply(self, x_TD: Tensor, quantised: Fp8Rows | None = None) -> Tensor:
+        """(T, D) -> (T, O) in the dtype of x. quantised: x in fp8."""
+        ...
+
+    def apply_transposed(self, dy_TO: Tensor, quantised: Fp8Rows | None = None) -> Tensor:
+        """(T, O) -> (T, D) in the dtype of dy. quantised: dy times output_scale_O in fp8."""
+        ...
+
+    def put(self, start: int, weight: Tensor) -> None:
+        """Set rows [start, start + n) to one whole module's weight (n, D)."""
+        ...
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) as they are multiplied, in the compute dtype."""
+        ...
+
+
+class DenseLinear:
+    """A plain tensor weight_OD in the compute dtype."""
+
+    takes_fp8 = False
+    output_scale_O: Tensor | None = None
+
+    def __init__(
+        self, outputs: int, inputs: int, *, bias_O: Tensor | None, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.outputs, self.inputs, self.bias_O = outputs, inputs, bias_O
+        self.weight_OD = torch.empty((outputs, inputs), dtype=dtype, device=device)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the weight."""
+        return _bytes_of(self.weight_OD)
+
+    def apply(self, x_TD: Tensor, quantised: Fp8Rows | None = None) -> Tensor:  # noqa: ARG002 (of the protocol)
+        """(T, D) -> (T, O)."""
+        return functional.linear(x_TD, self.weight_OD, self.bias_O)
+
+    def apply_transposed(self, dy_TO: Tensor, quantised: Fp8Rows | None = None) -> Tensor:  # noqa: ARG002
+        """(T, O) -> (T, D)."""
+        return dy_TO @ self.weight_OD
+
+    def put(self, start: int, weight: Tensor) -> None:
+        """Copy rows in."""
+        self.weight_OD[start : start + len(weight)].copy_(weight)
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        """A view of the rows."""
+        return self.weight_OD[start:stop]
+
+
+class Fp8Linear:
+    """E4M3 with one scale a row, which serves both products: dgrad folds the scales into dy and multiplies V^T."""
+
+    takes_fp8 = True
+
+    def __init__(
+        self, outputs: int, inputs: int, *, bias_O: Tensor | None, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.outputs, self.inputs, self.bias_O, self.dtype = outputs, inputs, bias_O, dtype
+        self.native = fp8.multiplies_fp8(device, outputs, inputs)
+        self.rows = Fp8Rows(
+            torch.empty((outputs, inputs), dtype=fp8.FP8_DTYPE, device=device),
+            torch.empty(outputs, dtype=torch.float32, device=device),
+        )
+        self.output_scale_O: Tensor | None = self.rows.scale_T
+        ones_D = torch.ones(inputs, dtype=torch.float32, device=device)
+        values_DO = torch.empty((inputs if self.native else 0, outputs), dtype=fp8.FP8_DTYPE, device=device)
+        # The tensor cores take both factors with the summed dimension contiguous: dgrad needs the transposed copy.
+        self.columns = Fp8Rows(values_DO, ones_D)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of both copies and the scales."""
+        rows, columns = self.rows, self.columns
+        return _bytes_of(rows.values_TD, rows.scale_T, columns.values_TD, columns.scale_T)
+
+    def apply(self, x_TD: Tensor, quantised: Fp8Rows | None = None) -> Tensor:
+        """(T, D) -> (T, O)."""
+        x = quantised or fp8.quantise_rows(x_TD)
+        if self.native:
+            return fp8.product(x, self.rows, self.bias_O, x_TD.dtype, fast=FAST_FORWARD)
+        return fp8.product_reference(x, self.rows, self.bias_O, x_TD.dtype)
+
+    def apply_transposed(self, dy_TO: Tensor, quantised: Fp8Rows | None = None) -> Tensor:
+        """(T, O) -> (T, D)."""
+        dy = quantised or fp8.quantise_rows(dy_TO, self.output_scale_O)
+        if self.native:
+            return fp8.product(dy, self.columns, None, dy_TO.dtype, fast=FAST_DGRAD)
+        columns = Fp8Rows(fp8.transposed(self.rows.values_TD), self.columns.scale_T)
+        return fp8.product_reference(dy, columns, None, dy_TO.dtype)
+
+    def put(self, start: int, weight: Tensor) -> None:
+        """Quantise rows, and copy them into both copies."""
+        stop = start + len(weight)
+        rows = fp8.quantise_rows(weight.to(self.rows.values_TD.device))
+        self.rows.values_TD[start:stop].view(torch.uint8).copy_(rows.values_TD.view(torch.uint8))
+        self.rows.scale_T[start:stop].copy_(rows.scale_T)
+        if self.native:
+            values_DO = fp8.transposed(rows.values_TD)
+            self.columns.values_TD[:, start:stop].view(torch.uint8).copy_(values_DO.view(torch.uint8))
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        """(n, D) in the compute dtype."""
+        rows = Fp8Rows(self.rows.values_TD[start:stop], self.rows.scale_T[start:stop])
+        return fp8.dequantise_rows(rows, self.dtype)
+
+
+class Int8Linear:
+    """int8 with one scale a row, dequantised to the compute dtype each time it is multiplied."""
+
+    takes_fp8 = False
+    output_scale_O: Tensor | None = None
+
+    def __init__(
+        self, outputs: int, inputs: int, *, bias_O: Tensor | None, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.outputs, self.inputs, self.bias_O, self.dtype = outputs, inputs, bias_O, dtype
+        self.rows = int8.Int8Rows(
+            torch.empty((outputs, inputs), dtype=torch.int8, device=device),
+            torch.empty(outputs, dtype=torch.float32, device=device),
+        )
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of values and scales."""
+        return _bytes_of(self.rows.values_OD, self.rows.scale_O)
+
+    def apply(self, x_TD: Tensor, quantised: Fp8Rows | None = None) -> Tensor:  # noqa: ARG002 (of the protocol)
+        """(T, D) -> (T, O)."""
+        return functional.linear(x_TD, int8.dequantise_rows(self.rows, x_TD.dtype), self.bias_O)
+
+    def apply_transposed(self, dy_TO: Tensor, quantised: Fp8Rows | None = None) -> Tensor:  # noqa: ARG002
+        """(T, O) -> (T, D)."""
+        return dy_TO @ int8.dequantise_rows(self.rows, dy_TO.dtype)
+
+    def put(self, start: int, weight: Tensor) -> None:
+        """Quantise rows."""
+        rows = int8.quantise_rows(weight.to(self.rows.values_OD.device))
+        self.rows.values_OD[start : start + len(weight)].copy_(rows.values_OD)
+        self.rows.scale_O[start : start + len(weight)].copy_(rows.scale_O)
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        """(n, D) in the compute dtype."""
+        rows = int8.Int8Rows(self.rows.values_OD[start:stop], self.rows.scale_O[start:stop])
+        return int8.dequantise_rows(rows, self.dtype)
+
+
+class Nf4Linear:
+    """nf4, module by module as bitsandbytes packs it, dequantised each time it is multiplied."""
+
+    def __init__(
+        self,
+        outputs: int,
+        inputs: int,
+        *,
+        bias_O: Tensor | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        compute_fp8: bool = False,
+    ) -> None:
+        """compute_fp8: multiply in fp8 what is dequantised."""
+        self.outputs, self.inputs, self.bias_O, self.dtype, self.device = outputs, inputs, bias_O, dtype, device
+        self.compute_fp8 = compute_fp8
+        self.native = compute_fp8 and fp8.multiplies_fp8(device, outputs, inputs)
+        self.modules: dict[int, Nf4Weight] = {}
+        self.scale_O = torch.empty(outputs if compute_fp8 else 0, dtype=torch.float32, device=device)
+        self.output_scale_O: Tensor | None = self.scale_O if compute_fp8 else None
+        self.ones_D = torch.ones(inputs if compute_fp8 else 0, dtype=torch.float32, device=device)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of codes, absmax and scales of all modules put so far."""
+        return sum(module.size_bytes for module in self.modules.values()) + _bytes_of(self.scale_O, self.ones_D)
+
+    @property
+    def takes_fp8(self) -> bool:
+        """True where it multiplies in fp8."""
+        return self.compute_fp8
+
+    def apply(self, x_TD: Tensor, quantised: Fp8Rows | None = None) -> Tensor:
+        """(T, D) -> (T, O)."""
+        if not self.compute_fp8:
+            return functional.linear(x_TD, self._weight(x_TD.dtype), self.bias_O)
+        x, w = quantised or fp8.quantise_rows(x_TD), self._fp8_rows()
+        if self.native:
+            return fp8.product(x, w, self.bias_O, x_TD.dtype, fast=FAST_FORWARD)
+        return fp8.product_reference(x, w, self.bias_O, x_TD.dtype)
+
+    def apply_transposed(self, dy_TO: Tensor, quantised: Fp8Rows | None = None) -> Tensor:
+        """(T, O) -> (T, D)."""
+        if not self.compute_fp8:
+            return dy_TO @ self._weight(dy_TO.dtype)
+        dy, w = quantised or fp8.quantise_rows(dy_TO, self.scale_O), self._fp8_columns()
+        if self.native:
+            return fp8.product(dy, w, None, dy_TO.dtype, fast=FAST_DGRAD)
+        return fp8.product_reference(dy, w, None, dy_TO.dtype)
+
+    def put(self, start: int, weight: Tensor) -> None:
+        """Quantise one whole module."""
+        self.put_quantised(start, nf4.quantise(weight.to(self.device)))
+
+    def put_quantised(self, start: int, weight: Nf4Weight) -> None:
+        """Take one whole module as it was quantised before, on this map's device."""
+        self.modules[start] = weight
+        if self.compute_fp8:
+            amax_O = nf4.row_amax(weight).clamp(min=fp8.SMALLEST_AMAX)
+            self.scale_O[start : start + weight.shape[0]].copy_(amax_O / fp8.FP8_MAX)
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        """(n, D) in the compute dtype."""
+        first = max((at for at in self.modules if at <= start), default=0)
+        pieces = [self._module(self.modules[at], self.dtype) for at in sorted(self.modules) if first <= at < stop]
+        return torch.cat(pieces)[start - first : stop - first]
+
+    def _module(self, weight: Nf4Weight, dtype: torch.dtype) -> Tensor:
+        out_OD = torch.empty(weight.shape, dtype=dtype, device=self.device)
+        nf4.dequantise(weight, out_OD)
+        return out_OD
+
+    def _weight(self, dtype: torch.dtype) -> Tensor:
+        """(O, D) of all modules."""
+        out_OD = torch.empty((self.outputs, self.inputs), dtype=dtype, device=self.device)
+        for start, module in self.modules.items():
+            nf4.dequantise(module, out_OD[start : start + module.shape[0]])
+        return out_OD
+
+    def _fp8_rows(self) -> Fp8Rows:
+        values_OD = (self._weight(torch.float32) * (1.0 / self.scale_O)[:, None]).to(fp8.FP8_DTYPE)
+        return Fp8Rows(values_OD, self.scale_O)
+
+    def _fp8_columns(self) -> Fp8Rows:
+        return Fp8Rows(fp8.transposed(self._fp8_rows().values_TD), self.ones_D)
+
+
+def make_frozen(
+    kind: FrozenKind,
+    outputs: int,
+    inputs: int,
+    *,
+    bias: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    compute_fp8: bool = False,
+) -> FrozenLinear:
+    """An empty map of one kind: set it with `put`, and its bias_O (uninitialised, in dtype) where there is one.
+
+    compute_fp8: for nf4, multiply in fp8 what is dequantised.
+    """
+    bias_O = torch.empty(outputs, dtype=dtype, device=device) if bias else None
+    if kind == "dense":
+        return DenseLinear(outputs, inputs, bias_O=bias_O, dtype=dtype, device=device)
+    if kind == "fp8":
+        return Fp8Linear(outputs, inputs, bias_O=bias_O, dtype=dtype, device=device)
+    if kind == "int8":
+        return Int8Linear(outputs, inputs, bias_O=bias_O, dtype=dtype, device=device)
+    return Nf4Linear(outputs, inputs, bias_O=bias_O, dtype=dtype, device=device, compute_fp8=compute_fp8)
+
+
+def _bytes_of(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
