@@ -18,9 +18,12 @@ This module does not know which matrix is a weight.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
+
+from tenon.kernels import fp8_triton as fused
 
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -47,8 +50,16 @@ def quantise_rows_reference(x_TD: Tensor, column_scale_D: Tensor | None = None) 
 
 
 def quantise_rows(x_TD: Tensor, column_scale_D: Tensor | None = None) -> Fp8Rows:
-    """(T, D) of any float dtype -> fp8 rows; one pass over the rows on a GPU."""
-    return quantise_rows_reference(x_TD, column_scale_D)
+    """(T, D) of any float dtype -> fp8 rows; one pass over the rows on a GPU that has fp8."""
+    if not has_fp8(x_TD.device):
+        return quantise_rows_reference(x_TD, column_scale_D)
+    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+    values_TD = torch.empty(x_TD.shape, dtype=FP8_DTYPE, device=x_TD.device)
+    rows = Fp8Rows(values_TD, torch.empty(len(x_TD), dtype=torch.float32, device=x_TD.device))
+    fused.quantise_rows(
+        x_TD, column_scale_D, rows.values_TD, rows.scale_T, fp8_max=FP8_MAX, smallest_amax=SMALLEST_AMAX
+    )
+    return rows
 
 
 def dequantise_rows(rows: Fp8Rows, dtype: torch.dtype) -> Tensor:
@@ -57,15 +68,24 @@ def dequantise_rows(rows: Fp8Rows, dtype: torch.dtype) -> Tensor:
 
 
 def transposed(values_TD: Tensor) -> Tensor:
-    """(T, D) fp8 -> (D, T), contiguous: the same bytes, elsewhere."""
-    return values_TD.view(torch.uint8).t().contiguous().view(FP8_DTYPE)
+    """(T, D) fp8, contiguous -> (D, T), contiguous: the same bytes, elsewhere."""
+    bytes_TD = values_TD.view(torch.uint8)
+    if not values_TD.is_cuda:
+        return bytes_TD.t().contiguous().view(FP8_DTYPE)
+    out_DT = torch.empty_like(bytes_TD.t(), memory_format=torch.contiguous_format)
+    fused.transpose(bytes_TD, out_DT)
+    return out_DT.view(FP8_DTYPE)
 
 
-def multiplies_fp8(device: torch.device, *sizes: int) -> bool:
-    """Whether the device multiplies fp8 itself, at these inner and outer sizes of the frozen matrix."""
-    if device.type != "cuda" or any(size % FP8_MULTIPLE for size in sizes):
-        return False
-    return torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+@cache
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device computes with fp8 itself: a GPU of compute capability 8.9 or later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+
+
+def multiplies_fp8(device: torch.device, outputs: int, inputs: int) -> bool:
+    """Whether the device has fp8 products with a frozen matrix (O, D) of these sizes, both ways."""
+    return has_fp8(device) and not outputs % FP8_MULTIPLE and not inputs % FP8_MULTIPLE
 
 
 def product_reference(x: Fp8Rows, w: Fp8Rows, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:

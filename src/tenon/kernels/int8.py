@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tenon.kernels import int8_triton as fused
+
 INT8_MAX = 127.0
 SMALLEST_AMAX = 1e-30
 
@@ -39,4 +41,8 @@ def dequantise_rows_reference(rows: Int8Rows, dtype: torch.dtype) -> Tensor:
 
 def dequantise_rows(rows: Int8Rows, dtype: torch.dtype) -> Tensor:
     """(O, D) in dtype; one pass on a GPU."""
-    return dequantise_rows_reference(rows, dtype)
+    if not rows.values_OD.is_cuda:
+        return dequantise_rows_reference(rows, dtype)
+    out_OD = torch.empty(rows.values_OD.shape, dtype=dtype, device=rows.values_OD.device)
+    fused.dequantise_rows(rows.values_OD, rows.scale_O, out_OD)
+    return out_OD

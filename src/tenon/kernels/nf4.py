@@ -20,10 +20,14 @@ what is multiplied with the weight.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from tenon.kernels import nf4_triton as fused
+from tenon.kernels.fp8 import has_fp8
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -62,33 +66,39 @@ class NestedAbsmax:
 
 @dataclass(frozen=True, slots=True)
 class Nf4Weight:
-    """One quantised weight (O, D). absmax_B: uint8 codes where nested, the fp32 values themselves otherwise."""
+    """One quantised weight (O, D). absmax_B: uint8 codes where nested, the fp32 values themselves otherwise.
+
+    levels_16, and the map of nested absmax, are shared by all weights of a device.
+    """
 
     shape: tuple[int, int]
     packed_N: Tensor
     absmax_B: Tensor
     nested: NestedAbsmax | None
+    levels_16: Tensor
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all its tensors."""
+        """Bytes of its own tensors."""
         tensors = [self.packed_N, self.absmax_B]
         if self.nested is not None:
-            tensors += [self.nested.map_256, self.nested.absmax_C, self.nested.offset]
+            tensors += [self.nested.absmax_C, self.nested.offset]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+@cache
 def levels(device: torch.device) -> Tensor:
     """The 16 levels, fp32, ascending."""
     return torch.tensor(LEVELS, dtype=torch.float32, device=device)
 
 
+@cache
 def dynamic_map(device: torch.device) -> Tensor:
     """The 256 values of the 8-bit dynamic map, fp32, ascending: +-0.1 to 1 in seven decades, 0 and 1."""
     values = [0.0, 1.0]
     for decade in range(7):
         edges = torch.linspace(0.1, 1.0, 2**decade + 1, dtype=torch.float32)
-        means = ((edges[:-1] + edges[1:]) / 2).double() * 10.0 ** (decade - 6)
+        means = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
         values += [*means.tolist(), *(-means).tolist()]
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
@@ -109,20 +119,22 @@ def _nearest(scaled: Tensor, values: Tensor) -> Tensor:
 def quantise(weight_OD: Tensor, *, nested: bool = True) -> Nf4Weight:
     """(O, D) of any float dtype -> nf4, in pieces, so that little is needed beside the weight."""
     flat_N, table = weight_OD.reshape(-1), levels(weight_OD.device)
-    packed, absmax = [], []
+    packed, absmaxes = [], []
     for piece in flat_N.split(PIECE):
         scaled, absmax_B = _scaled_blocks(piece, BLOCK)
         codes = _nearest(scaled.view(-1), table)[: len(piece) + len(piece) % 2]
         packed.append((codes[::2] << 4) | codes[1::2])
-        absmax.append(absmax_B)
+        absmaxes.append(absmax_B)
     shape = (weight_OD.shape[0], weight_OD.shape[1])
-    packed_N, absmax_B = torch.cat(packed), torch.cat(absmax)
+    packed_N, absmax_B = torch.cat(packed), torch.cat(absmaxes)
     if not nested:
-        return Nf4Weight(shape, packed_N, absmax_B, None)
+        return Nf4Weight(shape, packed_N, absmax_B, None, table)
     offset, values = absmax_B.mean(), dynamic_map(weight_OD.device)
     scaled, absmax_C = _scaled_blocks(absmax_B - offset, NESTED_BLOCK)
+    # Absmax that all equal their mean: any code will do, bitsandbytes writes the lowest.
+    scaled.masked_fill_(absmax_C[:, None] == 0, -1.0)
     codes_B = _nearest(scaled.view(-1), values)[: len(absmax_B)]
-    return Nf4Weight(shape, packed_N, codes_B, NestedAbsmax(values, absmax_C, offset))
+    return Nf4Weight(shape, packed_N, codes_B, NestedAbsmax(values, absmax_C, offset), table)
 
 
 def absmax(weight: Nf4Weight) -> Tensor:
@@ -134,24 +146,48 @@ def absmax(weight: Nf4Weight) -> Tensor:
     return nested.map_256[weight.absmax_B.int()] * scale_B + nested.offset
 
 
-def _dequantised(weight: Nf4Weight) -> Tensor:
-    """(O, D) fp32."""
+def dequantise_reference(weight: Nf4Weight) -> Tensor:
+    """The formula in plain torch: (O, D) fp32, to be rounded once to what is wanted."""
     codes = torch.stack((weight.packed_N >> 4, weight.packed_N & 15), dim=1).view(-1)
     count = weight.shape[0] * weight.shape[1]
-    values = levels(codes.device)[codes.int()][:count]
+    values = weight.levels_16[codes.int()][:count]
     return (values * absmax(weight).repeat_interleave(BLOCK)[:count]).view(weight.shape)
 
 
-def dequantise_reference(weight: Nf4Weight, dtype: torch.dtype) -> Tensor:
-    """The formula in plain torch: (O, D), multiplied in fp32, rounded once to dtype."""
-    return _dequantised(weight).to(dtype)
-
-
 def dequantise(weight: Nf4Weight, out_OD: Tensor) -> None:
-    """Fill (O, D) of any float dtype; one pass on a GPU."""
-    out_OD.copy_(_dequantised(weight))
+    """Fill (O, D), contiguous, of any float dtype; one pass on a GPU."""
+    if out_OD.is_cuda and not weight.shape[1] % BLOCK:
+        fused.dequantise(weight, out_OD)
+    else:
+        out_OD.copy_(dequantise_reference(weight))
 
 
 def row_amax(weight: Nf4Weight) -> Tensor:
-    """(O) fp32: the largest absolute value of each dequantised row, which decides the row's scale in fp8."""
-    return _dequantised(weight).abs().amax(dim=1)
+    """(O) fp32: a bound of the absolute values of each dequantised row, which decides the row's scale in fp8.
+
+    It is reached wherever the blocks are not zero, for then the largest value of a block has the level 1 or -1.
+    """
+    if weight.shape[1] % BLOCK:
+        return dequantise_reference(weight).abs().amax(dim=1)
+    return absmax(weight).abs().view(weight.shape[0], -1).amax(dim=1)
+
+
+def dequantise_scaled_reference(weight: Nf4Weight, inverse_scale_O: Tensor) -> Tensor:
+    """The values of fp8 rows in plain torch: (O, D) fp32, to be rounded once to E4M3."""
+    return dequantise_reference(weight) * inverse_scale_O[:, None]
+
+
+def dequantise_fp8(weight: Nf4Weight, inverse_scale_O: Tensor, out_OD: Tensor) -> None:
+    """Fill (O, D), contiguous fp8, with the rows times their inverse scales, without a wider copy in between."""
+    if has_fp8(out_OD.device) and not weight.shape[1] % BLOCK:
+        fused.dequantise(weight, out_OD, inverse_scale_O)
+    else:
+        out_OD.copy_(dequantise_scaled_reference(weight, inverse_scale_O))
+
+
+def dequantise_fp8_transposed(weight: Nf4Weight, inverse_scale_O: Tensor, out_DO: Tensor) -> None:
+    """Fill (D, O), a slice of columns of fp8 rows, with the transpose of what `dequantise_fp8` gives."""
+    if has_fp8(out_DO.device) and not weight.shape[1] % BLOCK:
+        fused.dequantise_transposed(weight, out_DO, inverse_scale_O)
+    else:
+        out_DO.copy_(dequantise_scaled_reference(weight, inverse_scale_O).t())

@@ -226,12 +226,15 @@ class Nf4Linear:
         self.modules: dict[int, Nf4Weight] = {}
         self.scale_O = torch.empty(outputs if compute_fp8 else 0, dtype=torch.float32, device=device)
         self.output_scale_O: Tensor | None = self.scale_O if compute_fp8 else None
+        self.inverse_scale_O = torch.empty_like(self.scale_O)
         self.ones_D = torch.ones(inputs if compute_fp8 else 0, dtype=torch.float32, device=device)
 
     @property
     def size_bytes(self) -> int:
         """Bytes of codes, absmax and scales of all modules put so far."""
-        return sum(module.size_bytes for module in self.modules.values()) + _bytes_of(self.scale_O, self.ones_D)
+        return sum(module.size_bytes for module in self.modules.values()) + _bytes_of(
+            self.scale_O, self.inverse_scale_O, self.ones_D
+        )
 
     @property
     def takes_fp8(self) -> bool:
@@ -264,8 +267,10 @@ class Nf4Linear:
         """Take one whole module as it was quantised before, on this map's device."""
         self.modules[start] = weight
         if self.compute_fp8:
+            stop = start + weight.shape[0]
             amax_O = nf4.row_amax(weight).clamp(min=fp8.SMALLEST_AMAX)
-            self.scale_O[start : start + weight.shape[0]].copy_(amax_O / fp8.FP8_MAX)
+            self.scale_O[start:stop].copy_(amax_O / fp8.FP8_MAX)
+            self.inverse_scale_O[start:stop].copy_(fp8.FP8_MAX / amax_O)
 
     def dense(self, start: int, stop: int) -> Tensor:
         """(n, D) in the compute dtype."""
@@ -286,11 +291,18 @@ class Nf4Linear:
         return out_OD
 
     def _fp8_rows(self) -> Fp8Rows:
-        values_OD = (self._weight(torch.float32) * (1.0 / self.scale_O)[:, None]).to(fp8.FP8_DTYPE)
+        values_OD = torch.empty((self.outputs, self.inputs), dtype=fp8.FP8_DTYPE, device=self.device)
+        for start, module in self.modules.items():
+            stop = start + module.shape[0]
+            nf4.dequantise_fp8(module, self.inverse_scale_O[start:stop], values_OD[start:stop])
         return Fp8Rows(values_OD, self.scale_O)
 
     def _fp8_columns(self) -> Fp8Rows:
-        return Fp8Rows(fp8.transposed(self._fp8_rows().values_TD), self.ones_D)
+        values_DO = torch.empty((self.inputs, self.outputs), dtype=fp8.FP8_DTYPE, device=self.device)
+        for start, module in self.modules.items():
+            stop = start + module.shape[0]
+            nf4.dequantise_fp8_transposed(module, self.inverse_scale_O[start:stop], values_DO[:, start:stop])
+        return Fp8Rows(values_DO, self.ones_D)
 
 
 def make_frozen(
