@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from tenon.plan.requests import ChatRequest, EvaluateRequest, GenerateRequest, InspectRequest
+from tenon.plan.requests import ChatRequest, CheckRequest, EvaluateRequest, GenerateRequest, InspectRequest
 from tenon.settings import Settings
 
 
@@ -45,6 +45,13 @@ def inspect_data(request: InspectRequest, emit: Emit, settings: Settings, /) -> 
     from tenon.pipeline.inspection import inspect_slots
 
     inspect_slots(request, emit, settings)
+
+
+def check_kernels(request: CheckRequest, emit: Emit, settings: Settings, /) -> None:
+    """Try out what works on this machine: see `pipeline.doctor.examine`."""
+    from tenon.pipeline.doctor import examine
+
+    examine(request, emit, settings)
 
 
 def chat(requests: Iterator[ChatRequest], emit: Emit, settings: Settings, /) -> None:

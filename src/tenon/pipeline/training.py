@@ -15,9 +15,11 @@ from tenon.adapters.bank import SiteShape, SlotShape, initialise
 from tenon.adapters.peft_files import fill_slot, read_adapter
 from tenon.data.order import RowOrder
 from tenon.errors import StopRequestedError, TenonError
+from tenon.kernels.gpu_errors import gpu_errors
 from tenon.pipeline.base import find_base
 from tenon.pipeline.engine import Workbench, load_workbench
 from tenon.pipeline.finish import finish_slot
+from tenon.pipeline.gpu_watch import gpu_telemetry, note_machine
 from tenon.pipeline.slot_data import SlotData, open_slot_data
 from tenon.pipeline.validation import Validator
 from tenon.plan.values import LoraPlan, Plan, SlotPlan
@@ -42,10 +44,12 @@ def train(run_folder: Path, settings: Settings) -> None:
     run = RunFolder.open(run_folder)
     plan = Plan.from_json(run.plan_json())
     with run.lock():
-        emit = Broadcast(run.events, open_trackers(plan.trackers, run, offline=settings.offline))
+        telemetry = gpu_telemetry(run, plan, settings)
+        trackers = open_trackers(plan.trackers, run, offline=settings.offline)
+        emit = Broadcast(run.events, [*trackers, telemetry])
         stop = StopSignal()
         try:
-            with stop.listening():
+            with stop.listening(), telemetry.sampling(), gpu_errors(resume=f"tenon resume {run_folder}"):
                 _work(run, plan, settings, emit, stop)
         except StopNow:
             emit.emit("stopped")
@@ -66,6 +70,7 @@ def _work(run: RunFolder, plan: Plan, settings: Settings, events: Broadcast, sto
     newest = run.checkpoints.newest()
     emit("resume", step=newest.step) if newest else emit("start")
     started = time.monotonic()
+    note_machine(run, plan, settings)
     with ExitStack() as open_data:
         with stop.interruptible():
             emit("phase", name="base", detail=plan.base.spec)

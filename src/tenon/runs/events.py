@@ -5,6 +5,7 @@ Every event has `t` (unix seconds) and `kind`. The kinds that this package reads
     start                     work begins at step 1: the first time, or again when no checkpoint was left
     resume   step             work goes on after `step`; later steps in the log belong to a life that was lost
     step     slot step loss … one optimiser step of one slot
+    gpu      gpu …            the load of one GPU over the last seconds
     validation slot step …    one validation of one slot
     checkpoint step           a checkpoint was published
     warning  code text        something a user should know
@@ -21,6 +22,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -45,7 +47,7 @@ class EventSink(Protocol):
 
 
 class EventLog:
-    """Writes events.jsonl of one run; for the one process that holds the run's lock.
+    """Writes events.jsonl of one run; for the one process that holds the run's lock. Any of its threads may emit.
 
     clock: gives unix seconds.
     """
@@ -54,24 +56,29 @@ class EventLog:
         self.path = path
         self._clock = clock
         self._handle: int | None = None
+        # Reentrant: a signal may end an emit half way, and its handler may emit.
+        self._lock = threading.RLock()
 
     def emit(self, kind: str, **fields: Scalar) -> Event:
         """Append one event and return it. Raises RunError run-disk-full."""
-        event: Event = {"t": round(self._clock(), 6), "kind": kind, **fields}
-        line = json.dumps({key: _finite(value) for key, value in event.items()}, ensure_ascii=False, allow_nan=False)
-        self._append(line.encode() + b"\n")
+        with self._lock:
+            event: Event = {"t": round(self._clock(), 6), "kind": kind, **fields}
+            finite = {key: _finite(value) for key, value in event.items()}
+            self._append(json.dumps(finite, ensure_ascii=False, allow_nan=False).encode() + b"\n")
         return event
 
     def sync(self) -> None:
         """Return when everything that was emitted would survive a power cut."""
-        if self._handle is not None:
-            os.fsync(self._handle)
+        with self._lock:
+            if self._handle is not None:
+                os.fsync(self._handle)
 
     def close(self) -> None:
         """Close the file; a later emit opens it again."""
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
+        with self._lock:
+            if self._handle is not None:
+                os.close(self._handle)
+                self._handle = None
 
     def read(self) -> Iterator[Event]:
         """All events so far, oldest first."""

@@ -4,6 +4,7 @@
     RUN/plan.json             the Plan; written last, so that a folder with a plan is a run
     RUN/events.jsonl          what happened, one event a line
     RUN/data.json             the data report
+    RUN/machine.json          the machine of its newest life: versions, driver, GPUs (runs.machine)
     RUN/checkpoints/          see runs.checkpoints
     RUN/adapter/SLOT/         the finished adapter of each slot, in PEFT's layout
     RUN/results/NAME.json     evaluations
@@ -120,6 +121,17 @@ class RunFolder:
         place = self.path / "data.json"
         write_file_atomic(place, report_json.encode())
         return place
+
+    def write_machine(self, record_json: str) -> Path:
+        """Keep the record of the machine that this life of the run works on as machine.json."""
+        place = self.path / "machine.json"
+        write_file_atomic(place, record_json.encode())
+        return place
+
+    def machine(self) -> str | None:
+        """The record of the machine of the newest life, or None before the first."""
+        place = self.path / "machine.json"
+        return place.read_text() if place.is_file() else None
 
     def data_report(self) -> str | None:
         """The data report, or None before the data were read."""

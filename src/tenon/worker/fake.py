@@ -19,6 +19,7 @@ from tenon.plan.requests import (
     ChatRequest,
     ChatStart,
     ChatTurn,
+    CheckRequest,
     EvaluateRequest,
     GenerateRequest,
     InspectRequest,
@@ -26,6 +27,7 @@ from tenon.plan.requests import (
 )
 from tenon.plan.values import Plan, SlotPlan
 from tenon.runs.folder import RunFolder
+from tenon.runs.machine import MachineRecord
 from tenon.runs.results import Example, Metric, Result
 from tenon.settings import Settings
 from tenon.worker.loop import Emit, work
@@ -33,6 +35,13 @@ from tenon.worker.loop import Emit, work
 STEP_SECONDS = 0.01
 SLOW_STEP_SECONDS = 0.2
 _ROWS = 40
+_MACHINE = MachineRecord(python="3.12.0", system="Fake", cores=2, packages={"torch": "2.13.0"}, no_gpu="no driver")
+_CHECK = {"device": "cpu", "error": None, "bound": 1e-5, "text": "", "instead": "plain", "seconds": 0.1}
+_CHECKS = {
+    "sum (cpu)": {**_CHECK, "name": "sum", "state": "works", "error": 1e-7},
+    "product (cpu)": {**_CHECK, "name": "product", "state": "fails", "text": "RuntimeError: no product"},
+    "sum (cuda)": {**_CHECK, "name": "sum", "device": "cuda", "state": "absent"},
+}
 
 
 class FakePipeline:
@@ -71,6 +80,15 @@ class FakePipeline:
             for row in range(min(request.rows, _ROWS)):
                 pieces = [[f"<user>question {row}<assistant>", False], [f"answer {row}<end>", True]]
                 emit("row", slot=slot.name, source=f"fake.jsonl:{row + 1}", pieces=pieces, tokens=8, supervised=4)
+
+    def check_kernels(self, request: CheckRequest, emit: Emit, _settings: Settings, /) -> None:
+        """Three checks of no kernel: one works, one fails, one finds no GPU."""
+        emit("machine", machine=_MACHINE.model_dump(mode="json"))
+        for key, fields in _CHECKS.items():
+            if key not in request.done:
+                emit("progress", what=fields["name"], done=0, total=len(_CHECKS), key=key)
+                emit("check", key=key, **fields)
+        emit("finished")
 
     def chat(self, requests: Iterator[ChatRequest], emit: Emit, _settings: Settings, /) -> None:
         """Echo the last message, word by word."""

@@ -1,7 +1,7 @@
 """What every worker process does around its work: requests in, events out, signals, exit statuses.
 
     train RUN_FOLDER         events go to the run folder's events.jsonl; the plan is in the folder
-    evaluate|generate|inspect REQUEST.json
+    evaluate|generate|inspect|check REQUEST.json
     chat REQUESTS.jsonl      one request a line: a ChatStart, then ChatTurns
 
 TARGET `-` reads the request from standard input (for train the target is always a folder). Standard output carries
@@ -26,10 +26,12 @@ from types import FrameType
 from typing import Any, Protocol, TextIO, TypeVar
 
 from tenon.errors import EXIT_USAGE, StopRequestedError, TenonError, UsageError
+from tenon.kernels.gpu_errors import gpu_errors
 from tenon.plan.requests import (
     ChatRequest,
     ChatStart,
     ChatTurn,
+    CheckRequest,
     EvaluateRequest,
     GenerateRequest,
     InspectRequest,
@@ -37,7 +39,7 @@ from tenon.plan.requests import (
 from tenon.settings import Settings, read_settings
 from tenon.values import Value
 
-KINDS = ("train", "evaluate", "generate", "inspect", "chat")
+KINDS = ("train", "evaluate", "generate", "inspect", "check", "chat")
 _V = TypeVar("_V", bound=Value)
 
 
@@ -57,6 +59,8 @@ class Pipeline(Protocol):
     def generate(self, request: GenerateRequest, emit: Emit, settings: Settings, /) -> None: ...
 
     def inspect_data(self, request: InspectRequest, emit: Emit, settings: Settings, /) -> None: ...
+
+    def check_kernels(self, request: CheckRequest, emit: Emit, settings: Settings, /) -> None: ...
 
     def chat(self, requests: Iterator[ChatRequest], emit: Emit, settings: Settings, /) -> None: ...
 
@@ -101,12 +105,13 @@ def work(argv: Sequence[str], load_pipeline: Callable[[], Pipeline]) -> int:
             threading.Thread(target=_stop_at_end_of_input, name="watch", daemon=True).start()
         pipeline = load_pipeline()
         settings = read_settings()
-        if kind == "train":
-            pipeline.train(Path(target), settings)
-        elif kind == "chat":
-            pipeline.chat(_chat_requests(request, target, channel), channel.emit, settings)
-        else:
-            _answer(kind, request, pipeline=pipeline, channel=channel, settings=settings)
+        with gpu_errors(resume="start it again"):
+            if kind == "train":
+                pipeline.train(Path(target), settings)
+            elif kind == "chat":
+                pipeline.chat(_chat_requests(request, target, channel), channel.emit, settings)
+            else:
+                _answer(kind, request, pipeline=pipeline, channel=channel, settings=settings)
     except TenonError as error:
         channel.emit("error", code=error.code, what=error.what, got=error.got, hint=error.hint)
         return error.exit_status
@@ -119,6 +124,8 @@ def _answer(kind: str, request: str, *, pipeline: Pipeline, channel: Channel, se
         pipeline.evaluate(_parse(EvaluateRequest, request), channel.emit, settings)
     elif kind == "generate":
         pipeline.generate(_parse(GenerateRequest, request), channel.emit, settings)
+    elif kind == "check":
+        pipeline.check_kernels(_parse(CheckRequest, request), channel.emit, settings)
     else:
         pipeline.inspect_data(_parse(InspectRequest, request), channel.emit, settings)
 

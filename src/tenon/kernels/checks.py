@@ -1,0 +1,107 @@
+"""What works on this machine: every kernel and back end is run on small random inputs and held against its reference.
+
+A new kernel is one line in `kernel_checks`. This module does not know how results are shown.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch.nn.attention import SDPBackend
+
+from tenon.kernels.attention_checks import sdpa_error, varlen_error
+from tenon.kernels.gpu_errors import first_line
+from tenon.kernels.matmul_checks import bf16_matmul_error, fp8_matmul_error
+
+BF16_BOUND = 2e-2
+FP32_BOUND = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCheck:
+    """One thing that works here or does not.
+
+    needs: the device that it is run on. run: the relative error against the plain reference, forward and gradients;
+    raises when the kernel does. bound: the largest error that counts as working. instead: what a run uses otherwise.
+    """
+
+    name: str
+    needs: Literal["cpu", "cuda"]
+    run: Callable[[torch.device], float]
+    bound: float
+    instead: str = "the plain reference"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckOutcome:
+    """How a check went. error: relative, None when it raised. problem: the first line of what was raised, else ""."""
+
+    error: float | None
+    problem: str
+    seconds: float
+
+
+def kernel_checks() -> tuple[KernelCheck, ...]:
+    """Every check, cheap ones first."""
+    math, flash = SDPBackend.MATH, SDPBackend.FLASH_ATTENTION
+    efficient, cudnn = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION
+    return (
+        KernelCheck("matmul bf16", "cpu", bf16_matmul_error, BF16_BOUND, "fp32"),
+        KernelCheck("matmul bf16", "cuda", bf16_matmul_error, BF16_BOUND, "fp32"),
+        KernelCheck("matmul fp8, a scale a row", "cuda", fp8_matmul_error, BF16_BOUND, "a bf16 base"),
+        _sdpa("attention math", "cpu", math, instead="nothing: no attention works"),
+        _sdpa("attention flash", "cpu", flash),
+        _sdpa("attention flash, grouped heads", "cpu", flash, kv_heads=2),
+        _sdpa("attention math", "cuda", math, instead="nothing: no attention works"),
+        _sdpa("attention flash", "cuda", flash),
+        _sdpa("attention flash, grouped heads", "cuda", flash, kv_heads=2),
+        _sdpa("attention efficient", "cuda", efficient),
+        _sdpa("attention cudnn", "cuda", cudnn),
+        _varlen("attention varlen", kv_heads=4, instead="rows of like length, padded"),
+        _varlen("attention varlen, grouped heads", kv_heads=2, instead="repeated heads"),
+    )
+
+
+def _sdpa(
+    name: str,
+    needs: Literal["cpu", "cuda"],
+    backend: SDPBackend,
+    *,
+    kv_heads: int = 4,
+    instead: str = "another attention back end",
+) -> KernelCheck:
+    """In the dtype that the device computes in."""
+    dtype, bound = (torch.float32, FP32_BOUND) if needs == "cpu" else (torch.bfloat16, BF16_BOUND)
+    return KernelCheck(
+        name, needs, partial(sdpa_error, backend=backend, dtype=dtype, kv_heads=kv_heads), bound, instead
+    )
+
+
+def _varlen(name: str, *, kv_heads: int, instead: str) -> KernelCheck:
+    return KernelCheck(
+        name, "cuda", partial(varlen_error, dtype=torch.bfloat16, kv_heads=kv_heads), BF16_BOUND, instead
+    )
+
+
+def run_check(check: KernelCheck, device: torch.device) -> CheckOutcome:
+    """Run one check. Whatever it raises is its outcome: to find that out is what it is for."""
+    started = time.monotonic()
+    error, problem = None, ""
+    try:
+        error = check.run(device)
+    except Exception as raised:  # noqa: BLE001 - a kernel under trial may raise anything
+        problem = first_line(raised)
+    return CheckOutcome(error, problem, time.monotonic() - started)
+
+
+def still_answers(device: torch.device) -> bool:
+    """Whether the device still computes: a failed kernel can leave this process without its GPU."""
+    try:
+        return float(torch.ones(8, device=device).sum()) == 8.0
+    except RuntimeError:
+        return False
