@@ -85,6 +85,16 @@ class Nf4Weight:
             tensors += [self.nested.absmax_C, self.nested.offset]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    def copied_to(self, device: torch.device) -> Nf4Weight:
+        """A copy of its own tensors on a device; the map is the device's own where it is the usual one."""
+        packed_N, absmax_B = self.packed_N.to(device, copy=True), self.absmax_B.to(device, copy=True)
+        nested = self.nested
+        if nested is not None:
+            usual_256, map_256 = dynamic_map(device), nested.map_256.to(device, copy=True)
+            map_256 = usual_256 if torch.equal(map_256, usual_256) else map_256
+            nested = NestedAbsmax(map_256, nested.absmax_C.to(device, copy=True), nested.offset.to(device, copy=True))
+        return Nf4Weight(self.shape, packed_N, absmax_B, nested, levels(device))
+
 
 @cache
 def levels(device: torch.device) -> Tensor:

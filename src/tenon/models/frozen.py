@@ -66,8 +66,8 @@ class FrozenLinear(Protocol):
         """(T, O) -> (T, D) in the dtype of dy. quantised: dy times output_scale_O in fp8."""
         ...
 
-    def put(self, start: int, weight: Tensor) -> None:
-        """Set rows [start, start + n) to one whole module's weight (n, D)."""
+    def put(self, start: int, weight: Tensor | Nf4Weight) -> None:
+        """Set rows [start, start + n) to one whole module's weight (n, D), on any device, quantised before or not."""
         ...
 
     def dense(self, start: int, stop: int) -> Tensor:
@@ -100,8 +100,9 @@ class DenseLinear:
         """(T, O) -> (T, D)."""
         return dy_TO @ self.weight_OD
 
-    def put(self, start: int, weight: Tensor) -> None:
+    def put(self, start: int, weight: Tensor | Nf4Weight) -> None:
         """Copy rows in."""
+        weight = _loaded(weight, self.weight_OD.device)
         self.weight_OD[start : start + len(weight)].copy_(weight)
 
     def dense(self, start: int, stop: int) -> Tensor:
@@ -150,10 +151,10 @@ class Fp8Linear:
         columns = Fp8Rows(fp8.transposed(self.rows.values_TD), self.columns.scale_T)
         return fp8.product_reference(dy, columns, None, dy_TO.dtype)
 
-    def put(self, start: int, weight: Tensor) -> None:
+    def put(self, start: int, weight: Tensor | Nf4Weight) -> None:
         """Quantise rows, and copy them into both copies."""
-        stop = start + len(weight)
-        rows = fp8.quantise_rows(weight.to(self.rows.values_TD.device))
+        rows = fp8.quantise_rows(_loaded(weight, self.rows.values_TD.device))
+        stop = start + len(rows.scale_T)
         self.rows.values_TD[start:stop].view(torch.uint8).copy_(rows.values_TD.view(torch.uint8))
         self.rows.scale_T[start:stop].copy_(rows.scale_T)
         if self.native:
@@ -194,11 +195,12 @@ class Int8Linear:
         """(T, O) -> (T, D)."""
         return dy_TO @ int8.dequantise_rows(self.rows, dy_TO.dtype)
 
-    def put(self, start: int, weight: Tensor) -> None:
+    def put(self, start: int, weight: Tensor | Nf4Weight) -> None:
         """Quantise rows."""
-        rows = int8.quantise_rows(weight.to(self.rows.values_OD.device))
-        self.rows.values_OD[start : start + len(weight)].copy_(rows.values_OD)
-        self.rows.scale_O[start : start + len(weight)].copy_(rows.scale_O)
+        rows = int8.quantise_rows(_loaded(weight, self.rows.values_OD.device))
+        stop = start + len(rows.scale_O)
+        self.rows.values_OD[start:stop].copy_(rows.values_OD)
+        self.rows.scale_O[start:stop].copy_(rows.scale_O)
 
     def dense(self, start: int, stop: int) -> Tensor:
         """(n, D) in the compute dtype."""
@@ -259,16 +261,16 @@ class Nf4Linear:
             return fp8.product(dy, w, None, dy_TO.dtype, fast=FAST_DGRAD)
         return fp8.product_reference(dy, w, None, dy_TO.dtype)
 
-    def put(self, start: int, weight: Tensor) -> None:
-        """Quantise one whole module."""
-        self.put_quantised(start, nf4.quantise(weight.to(self.device)))
-
-    def put_quantised(self, start: int, weight: Nf4Weight) -> None:
-        """Take one whole module as it was quantised before, on this map's device."""
-        self.modules[start] = weight
+    def put(self, start: int, weight: Tensor | Nf4Weight) -> None:
+        """Quantise one whole module, or take it as it was quantised before, bit for bit."""
+        if isinstance(weight, Nf4Weight):
+            module = weight.copied_to(self.device)
+        else:
+            module = nf4.quantise(weight.to(self.device))
+        self.modules[start] = module
         if self.compute_fp8:
-            stop = start + weight.shape[0]
-            amax_O = nf4.row_amax(weight).clamp(min=fp8.SMALLEST_AMAX)
+            stop = start + module.shape[0]
+            amax_O = nf4.row_amax(module).clamp(min=fp8.SMALLEST_AMAX)
             self.scale_O[start:stop].copy_(amax_O / fp8.FP8_MAX)
             self.inverse_scale_O[start:stop].copy_(fp8.FP8_MAX / amax_O)
 
@@ -327,6 +329,11 @@ def make_frozen(
     if kind == "int8":
         return Int8Linear(outputs, inputs, bias_O=bias_O, dtype=dtype, device=device)
     return Nf4Linear(outputs, inputs, bias_O=bias_O, dtype=dtype, device=device, compute_fp8=compute_fp8)
+
+
+def _loaded(weight: Tensor | Nf4Weight, device: torch.device) -> Tensor:
+    """A weight (n, D) on a device, dequantised to fp32 where it was quantised before."""
+    return nf4.dequantise_reference(weight.copied_to(device)) if isinstance(weight, Nf4Weight) else weight.to(device)
 
 
 def _bytes_of(*tensors: Tensor) -> int:
