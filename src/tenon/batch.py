@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 IGNORE = -100
@@ -43,14 +42,29 @@ class AttentionGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedRows:
+    """Rows that lie end to end and see only themselves: what variable-length attention takes.
+
+    cu_seqlens_N: int32 row boundaries on the device, N + 1 of them. longest: tokens of the longest row. equal: whether
+    all rows are of that length.
+    """
+
+    cu_seqlens_N: Tensor
+    longest: int
+    equal: bool
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionLayout:
     """How the rows of a batch attend. restore_T: for each token its place in the groups' outputs laid end to end.
 
-    None: the groups' outputs are the stream itself, in order.
+    restore_T None: the groups' outputs are the stream itself, in order. packed: the same rows for variable-length
+    attention; None where a prefix is shared, or where the device has no such kernel. Groups may be empty then.
     """
 
     groups: tuple[AttentionGroup, ...]
     restore_T: Tensor | None
+    packed: PackedRows | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +76,13 @@ class Batch:
     row has IGNORE.
     cu_seqlens: row boundaries in the stream, N + 1 host integers. slots: the slot of each row.
     rows: the index of each row in its data set (for messages).
-    segments: maximal runs of one slot. attention: which tokens see which. row_tokens: tokens that the rows have when
-    each is counted in full (more than T when a prefix is shared).
+    segments: maximal runs of one slot. attention: which tokens see which. supervised_L: int64 indices of the tokens
+    that have a label. row_tokens: tokens that the rows have when each is counted in full (more than T when a prefix is
+    shared). positions_end: no position is as large.
     draw_T: int32 random key of each token for dropout (None without dropout): depends on (seed, step, row, position)
     alone, never on how rows were packed.
+    tiles_N3, segments_M3: int64 (slot or NO_SLOT, start, stop) of tiles of tokens, and of the runs that have a slot; on
+    the device, for fused kernels alone.
     """
 
     ids_T: Tensor
@@ -76,15 +93,14 @@ class Batch:
     rows: tuple[int, ...]
     segments: tuple[Segment, ...]
     attention: AttentionLayout
+    supervised_L: Tensor
     row_tokens: int
+    positions_end: int
     draw_T: Tensor | None = None
+    tiles_N3: Tensor | None = None
+    segments_M3: Tensor | None = None
 
     @property
     def tokens(self) -> int:
         """Tokens that are computed (T)."""
         return self.ids_T.shape[0]
-
-    @property
-    def supervised(self) -> Tensor:
-        """Indices of the tokens that have a label."""
-        return torch.nonzero(self.labels_T != IGNORE).squeeze(-1)

@@ -69,7 +69,8 @@ def test_p17_the_bytes_of_the_base_never_change() -> None:
     for seed in (1, 2):
         random_slot(bank, slot_shape(FACTS), seed)
     for batch in pack_rows([bare_row(s, IDS) for s in (0, 1, NO_SLOT)], PackOptions(99), CPU):
-        decoder.forward(batch, bank).sum().backward()
+        recording = decoder.record(batch, bank)
+        recording.backward(torch.ones_like(recording.hidden_TD))
     bank.remove(0)
     assert len(before) == 2 + 3 * (2 + 7)
     assert all(torch.equal(tensor, before[name]) for name, tensor in decoder.named_tensors().items())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tenon.adapters.bank import AdapterBank
 from tenon.batch import IGNORE, NO_SLOT
 from tenon.data.pack import PackOptions, PackRow, pack_rows
-from tenon.kernels.linear_cross_entropy import linear_cross_entropy
+from tenon.kernels.linear_cross_entropy import loss_and_gradient
 from tenon.models.decoder import Decoder
 from tests.tiny import CPU, random_slot, slot_shape, tiny_decoder, tiny_facts
 
@@ -38,13 +38,12 @@ def loss_and_gradients(
         slot.gradients_P.zero_()
     total = 0.0
     for batch in pack_rows(rows, options, CPU):
-        hidden = decoder.forward(batch, bank)
-        index = batch.supervised
+        recording = decoder.record(batch, bank)
+        index, hidden = batch.supervised_L, recording.hidden_TD
         c = torch.full((len(index),), 0.1)
-        loss, _ = linear_cross_entropy(hidden[index], decoder.head_VD, batch.labels_T[index], c)
-        if loss.requires_grad:  # not when every row is the bare base's
-            loss.backward()
-        total += loss.item()
+        nll, grad = loss_and_gradient(hidden[index], decoder.head_VD, batch.labels_T[index], c, fuse=False)
+        recording.backward(torch.zeros_like(hidden).index_copy_(0, index, grad))
+        total += float(nll.sum()) * 0.1
     return total, {n: s.gradients_P.clone() for n, s in bank.slots.items() if s.gradients_P is not None}
 
 
@@ -96,7 +95,7 @@ def test_labels_are_shifted_and_the_last_token_predicts_nothing() -> None:
     row = PackRow(NO_SLOT, np.array([5, 6, 7, 8]), np.array([True, False, True, True]))
     assert row.labels.tolist() == [IGNORE, 7, 8, IGNORE]
     (batch,) = pack_rows([row], PackOptions(100), CPU)
-    assert batch.supervised.tolist() == [1, 2]
+    assert batch.supervised_L.tolist() == [1, 2]
 
 
 @settings(max_examples=50, deadline=None)

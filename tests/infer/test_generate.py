@@ -264,11 +264,12 @@ def test_p15_scores_that_are_not_finite_are_refused(house: tuple[Decoder, Adapte
 
 
 def test_training_goes_on_after_generation(house: tuple[Decoder, AdapterBank, list[int]]) -> None:
-    """Tables that generation made grow under inference mode; autograd must be able to use them afterwards."""
+    """Tables that generation made grow under inference mode; training must be able to use them afterwards."""
     decoder, bank, slots = house
     generate(decoder, bank, [Request([4, 5, 6], slot=slots[2], max_new_tokens=40)])
     (batch,) = pack_rows([bare_row(slots[2], [4, 5, 6])], PackOptions(100), CPU)
-    decoder.logits(decoder.forward(batch, bank)).square().sum().backward()
+    recording = decoder.record(batch, bank)
+    recording.backward(torch.ones_like(recording.hidden_TD))
     gradients = bank.slots[slots[2]].gradients_P
     assert gradients is not None
     assert float(gradients.abs().max()) > 0

@@ -1,4 +1,4 @@
-"""Every kernel against its plain reference: forward and each gradient, float64, awkward sizes, empty, frozen."""
+"""Every kernel's plain form against its reference: forward and each gradient, float64, awkward sizes, empty, frozen."""
 
 from __future__ import annotations
 
@@ -7,11 +7,23 @@ import torch
 from torch import Tensor
 
 from tenon.kernels.dropout import dropout, keep_mask
-from tenon.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from tenon.kernels.lora_linear import LoraGroup, LoraMember, LoraPart, lora_linear, lora_linear_reference
-from tenon.kernels.rms_norm import rms_norm, rms_norm_reference
-from tenon.kernels.rotary import rotary, rotary_reference
-from tenon.kernels.swiglu import swiglu, swiglu_reference
+from tenon.kernels.linear_cross_entropy import linear_cross_entropy_reference, loss_and_gradient, token_nll
+from tenon.kernels.low_rank import (
+    Addend,
+    LoraGroup,
+    LoraMember,
+    LoraPart,
+    LowRank,
+    Sum,
+    add_gradient_a,
+    add_gradient_b,
+    lora_linear_reference,
+    project,
+    project_back,
+)
+from tenon.kernels.rms_norm import add_norm, add_norm_backward, rms_norm, rms_norm_backward, rms_norm_reference
+from tenon.kernels.rotary import Heads, HeadShape, Rotation, make_heads, make_heads_backward, rotary, rotary_reference
+from tenon.kernels.swiglu import swiglu, swiglu_backward, swiglu_reference
 
 DOUBLE = torch.float64
 
@@ -23,17 +35,31 @@ def leaf(*shape: int, seed: int = 0, dtype: torch.dtype = DOUBLE) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 33), (0, 8), (5, 3, 16)])
 def test_rms_norm_and_its_gradient(shape: tuple[int, ...]) -> None:
-    x, other, w = leaf(*shape), leaf(*shape), leaf(shape[-1], seed=1).detach()
-    y, reference = rms_norm(x, w, 1e-5), rms_norm_reference(other, w, 1e-5)
-    dy = torch.randn_like(y)
-    y.backward(dy)
+    x, w = leaf(*shape), leaf(shape[-1], seed=1).detach()
+    reference = rms_norm_reference(x, w, 1e-5)
+    dy = torch.randn_like(reference)
     reference.backward(dy)
-    torch.testing.assert_close(y, reference)
-    torch.testing.assert_close(x.grad, other.grad)
+    torch.testing.assert_close(rms_norm(x.detach(), w, 1e-5), reference)
+    torch.testing.assert_close(rms_norm_backward(dy, x.detach(), w, 1e-5), x.grad)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 9])
+def test_the_sum_before_a_norm_and_both_gradients(tokens: int) -> None:
+    """The residual passes the norm by; the norm is made again on the way back."""
+    x, y, w = leaf(tokens, 12), leaf(tokens, 12, seed=1), leaf(12, seed=2).detach()
+    stream = x + y
+    normed = rms_norm_reference(stream, w, 1e-5)
+    d_stream, d_normed = torch.randn_like(stream), torch.randn_like(normed)
+    torch.autograd.backward([stream, normed], [d_stream, d_normed])
+    out, n = add_norm(x.detach(), Sum(y.detach().clone(), None), w, 1e-5, fuse=False)
+    torch.testing.assert_close((out, n), (stream.detach(), normed.detach()))
+    dx, again = add_norm_backward(Sum(d_normed.clone(), None), out, d_stream, w, 1e-5, fuse=False)
+    torch.testing.assert_close(dx, x.grad)
+    torch.testing.assert_close(again, n)
 
 
 def test_rms_norm_in_bf16_is_as_close_as_its_reference() -> None:
-    x, w = leaf(64, 128), leaf(128, seed=1).detach()
+    x, w = leaf(64, 128).detach(), leaf(128, seed=1).detach()
     exact = rms_norm_reference(x, w, 1e-5)
     fast = rms_norm(x.to(torch.bfloat16), w.to(torch.bfloat16), 1e-5)
     assert (fast.double() - exact).norm() / exact.norm() < 6e-3
@@ -41,26 +67,48 @@ def test_rms_norm_in_bf16_is_as_close_as_its_reference() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 2), (9, 26), (0, 4)])
 def test_swiglu_and_its_gradient(shape: tuple[int, int]) -> None:
-    x, other = leaf(*shape), leaf(*shape)
-    y, reference = swiglu(x), swiglu_reference(other)
-    dy = torch.randn_like(y)
-    y.backward(dy)
+    x = leaf(*shape)
+    reference = swiglu_reference(x)
+    dy = torch.randn_like(reference)
     reference.backward(dy)
-    torch.testing.assert_close(y, reference)
-    torch.testing.assert_close(x.grad, other.grad)
+    torch.testing.assert_close(swiglu(Sum(x.detach(), None), fuse=False), reference)
+    d_gate_up, h = swiglu_backward(Sum(dy.clone(), None), Sum(x.detach().clone(), None), fuse=False)
+    torch.testing.assert_close(d_gate_up, x.grad)
+    torch.testing.assert_close(h, reference)
 
 
 @pytest.mark.parametrize(("tokens", "heads", "size"), [(1, 1, 2), (5, 3, 8), (0, 2, 4)])
 def test_rotary_and_its_gradient(tokens: int, heads: int, size: int) -> None:
-    x, other = leaf(tokens, heads, size), leaf(tokens, heads, size)
+    x = leaf(tokens, heads, size)
     angles = torch.randn(tokens, size // 2, dtype=DOUBLE).repeat(1, 2)
-    cos, sin = angles.cos() * 1.3, angles.sin() * 1.3
-    y, reference = rotary(x, cos, sin), rotary_reference(other, cos, sin)
-    dy = torch.randn_like(y)
-    y.backward(dy)
+    turn = Rotation(angles.cos() * 1.3, angles.sin() * 1.3)
+    reference = rotary_reference(x, turn.cos_TE, turn.sin_TE)
+    dy = torch.randn_like(reference)
     reference.backward(dy)
-    torch.testing.assert_close(y, reference)
-    torch.testing.assert_close(x.grad, other.grad)
+    torch.testing.assert_close(rotary(x.detach(), turn), reference)
+    torch.testing.assert_close(rotary(dy, turn, back=True), x.grad)
+
+
+@pytest.mark.parametrize("turns", [True, False])
+@pytest.mark.parametrize("norms", [True, False])
+def test_heads_and_the_gradient_of_their_projection(norms: bool, turns: bool) -> None:
+    tokens, heads, kv, size = 6, 4, 2, 8
+    gains = (leaf(size, seed=1).detach(), leaf(size, seed=2).detach()) if norms else (None, None)
+    shape = HeadShape(heads, kv, size, *gains, 1e-6)
+    x = leaf(tokens, (heads + 2 * kv) * size)
+    angles = torch.randn(tokens, size // 2, dtype=DOUBLE).repeat(1, 2)
+    turn = Rotation(angles.cos(), angles.sin()) if turns else None
+    q, k, v = x.view(tokens, -1, size).split([heads, kv, kv], dim=1)
+    if gains[0] is not None and gains[1] is not None:
+        q, k = rms_norm_reference(q, gains[0], 1e-6), rms_norm_reference(k, gains[1], 1e-6)
+    if turn is not None:
+        q, k = (rotary_reference(y, turn.cos_TE, turn.sin_TE) for y in (q, k))
+    grads = [torch.randn_like(y) for y in (q, k, v)]
+    torch.autograd.backward([q, k, v], grads)
+    made = make_heads(Sum(x.detach().clone(), None), turn, shape, fuse=False)
+    torch.testing.assert_close((made.q_THE, made.k_TKE, made.v_TKE), (q.detach(), k.detach(), v.detach()))
+    kept = Heads(made.q_THE, made.k_TKE, made.v_TKE, x.detach() if norms else None)
+    torch.testing.assert_close(make_heads_backward(*grads, kept, turn, shape, fuse=False), x.grad)
 
 
 def make_parts(sizes: list[int], inputs: int, outs: tuple[int, ...], *, drop: float, trained: bool) -> list[LoraPart]:
@@ -72,7 +120,7 @@ def make_parts(sizes: list[int], inputs: int, outs: tuple[int, ...], *, drop: fl
             if not (slot == 1 and i == 1):
                 b = leaf(out, rank, seed=10 * slot + i)
                 grad = torch.zeros(out, rank, dtype=DOUBLE) if trained else None
-                members.append(LoraMember(b, grad, out_at, out_at + out, rank_at, rank_at + rank, 0.5 + slot))
+                members.append(LoraMember(b, grad, out_at, out_at + out, rank_at, rank_at + rank, 0.5 + slot, i))
                 rank_at += rank
             out_at += out
         a = leaf(rank_at, inputs, seed=100 + slot)
@@ -83,89 +131,79 @@ def make_parts(sizes: list[int], inputs: int, outs: tuple[int, ...], *, drop: fl
     return parts
 
 
+def low_rank_of(parts: list[LoraPart], outs: tuple[int, ...]) -> LowRank:
+    bounds = tuple(sum(outs[:i]) for i in range(len(outs) + 1))
+    width = max(part.group.a_RD.shape[0] for part in parts)
+    return LowRank(tuple(parts), bounds, width, max(m.b_OR.shape[1] for p in parts for m in p.group.members))
+
+
+@torch.no_grad()
+def step(x: Tensor, w: Tensor, b: Tensor | None, dy: Tensor, low: LowRank) -> tuple[Tensor, Tensor]:
+    """(y, dx) of the whole layer, as the decoder puts it together; gradients go into the buffers."""
+    low_TW = project(x, low)
+    assert low_TW is not None
+    y = Sum(torch.nn.functional.linear(x, w, b), Addend(low_TW, low, back=False)).settled()
+    d_low_TW = project_back(dy, low)
+    add_gradient_b(dy, low_TW, low)
+    add_gradient_a(x, d_low_TW, low)
+    return y, Sum(dy @ w, Addend(d_low_TW, low, back=True)).settled()
+
+
 @pytest.mark.parametrize("drop", [0.0, 0.3])
 @pytest.mark.parametrize("bias", [False, True])
-def test_lora_linear_gradients_of_every_slot(drop: float, bias: bool) -> None:
-    """A token of no slot is at the end; slots have different ranks, scales and targets."""
+def test_low_rank_gradients_of_every_slot(drop: float, bias: bool) -> None:
+    """Tokens of no slot are at the end; slots have different ranks, scales and targets."""
     inputs, outs, sizes = 11, (6, 3, 5), [4, 1, 7]
     w, b = leaf(sum(outs), inputs, seed=1).detach(), leaf(sum(outs), seed=2).detach() if bias else None
-    parts = tuple(make_parts(sizes, inputs, outs, drop=drop, trained=True))
-    x, other, anchor = leaf(sum(sizes) + 2, inputs), leaf(sum(sizes) + 2, inputs), torch.zeros((), requires_grad=True)
-    reference = lora_linear_reference(other, w, b, parts)
+    parts = make_parts(sizes, inputs, outs, drop=drop, trained=True)
+    x = leaf(sum(sizes) + 2, inputs)
+    reference = lora_linear_reference(x, w, b, tuple(parts))
     dy = torch.randn_like(reference)
     reference.backward(dy)
-    with torch.no_grad():
-        detached = tuple(
-            LoraPart(
-                LoraGroup(
-                    p.group.a_RD.detach(),
-                    p.group.grad_a_RD,
-                    tuple(
-                        LoraMember(
-                            m.b_OR.detach(), m.grad_b_OR, m.out_start, m.out_stop, m.rank_start, m.rank_stop, m.scale
-                        )
-                        for m in p.group.members
-                    ),
-                    p.group.dropout,
-                    p.group.salt,
-                ),
-                p.start,
-                p.stop,
-                p.draw_T,
-            )
-            for p in parts
-        )
-    y = lora_linear(x, w, b, detached, anchor)
-    y.backward(dy)
+    y, dx = step(x.detach(), w, b, dy, low_rank_of(parts, outs))
     torch.testing.assert_close(y, reference)
-    torch.testing.assert_close(x.grad, other.grad)
-    for fast, plain in zip(detached, parts, strict=True):
-        torch.testing.assert_close(fast.group.grad_a_RD, plain.group.a_RD.grad)
-        for m, n in zip(fast.group.members, plain.group.members, strict=True):
-            torch.testing.assert_close(m.grad_b_OR, n.b_OR.grad)
-    assert anchor.grad is None
+    torch.testing.assert_close(dx, x.grad)
+    for part in parts:
+        torch.testing.assert_close(part.group.grad_a_RD, part.group.a_RD.grad)
+        for m in part.group.members:
+            torch.testing.assert_close(m.grad_b_OR, m.b_OR.grad)
 
 
-def test_lora_linear_adds_up_over_micro_batches_and_leaves_frozen_slots_alone() -> None:
+def test_low_rank_gradients_add_up_over_micro_batches_and_leave_frozen_slots_alone() -> None:
     inputs, outs = 5, (4,)
-    w = leaf(4, inputs, seed=1).detach()
+    w, x, dy = leaf(4, inputs, seed=1).detach(), leaf(6, inputs).detach(), leaf(6, 4, seed=3).detach()
     (part,) = make_parts([6], inputs, outs, drop=0.0, trained=True)
     (frozen,) = make_parts([6], inputs, outs, drop=0.0, trained=False)
-    x, anchor = leaf(6, inputs).detach(), torch.zeros((), requires_grad=True)
-    for piece in (x[:2], x[2:]):
-        cut = LoraPart(part.group, 0, len(piece))
-        lora_linear(piece, w, None, (cut,), anchor).sum().backward()
-    whole = make_parts([6], inputs, outs, drop=0.0, trained=True)[0]
-    lora_linear(x, w, None, (whole,), anchor).sum().backward()
+    (whole,) = make_parts([6], inputs, outs, drop=0.0, trained=True)
+    for rows in (slice(0, 2), slice(2, 6)):
+        cut = LoraPart(part.group, 0, rows.stop - rows.start)
+        step(x[rows], w, None, dy[rows], low_rank_of([cut], outs))
+    y, _ = step(x, w, None, dy, low_rank_of([whole], outs))
     assert whole.group.grad_a_RD is not None and bool(whole.group.grad_a_RD.abs().sum() > 0)
     torch.testing.assert_close(part.group.grad_a_RD, whole.group.grad_a_RD)
-    lora_linear(x, w, None, (frozen,), anchor).sum().backward()
-    torch.testing.assert_close(
-        lora_linear(x, w, None, (frozen,), None), lora_linear_reference(x, w, None, (frozen,)).detach()
-    )
+    torch.testing.assert_close(part.group.members[0].grad_b_OR, whole.group.members[0].grad_b_OR)
+    frozen_y, _ = step(x, w, None, dy, low_rank_of([frozen], outs))
+    torch.testing.assert_close(frozen_y, y)
+    assert frozen.group.grad_a_RD is None
 
 
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 5), (300, 31), (1000, 3)])
 def test_linear_cross_entropy_and_its_gradient(rows: int, vocab: int) -> None:
-    h, other, w = leaf(rows, 9), leaf(rows, 9), leaf(vocab, 9, seed=1).detach()
+    h, w = leaf(rows, 9), leaf(vocab, 9, seed=1).detach()
     labels = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(3))
     c = torch.rand(rows, dtype=DOUBLE)
-    loss, nll = linear_cross_entropy(h, w, labels, c)
-    reference = linear_cross_entropy_reference(other, w, labels, c)
-    (2 * loss).backward()
-    (2 * reference).backward()
-    torch.testing.assert_close(loss, reference)
+    reference = linear_cross_entropy_reference(h, w, labels, c)
+    reference.backward()
+    nll, dh = loss_and_gradient(h.detach(), w, labels, c, fuse=False)
     torch.testing.assert_close((nll * c).sum(), reference)
-    torch.testing.assert_close(h.grad, other.grad)
-    with torch.no_grad():
-        torch.testing.assert_close(linear_cross_entropy(h, w, labels, c)[1], nll)
+    torch.testing.assert_close(dh, h.grad)
+    torch.testing.assert_close(token_nll(h.detach(), w, labels), nll)
 
 
 def test_no_labelled_token_gives_zero_not_nan() -> None:
-    h = leaf(0, 9)
-    loss, nll = linear_cross_entropy(h, leaf(5, 9).detach(), torch.zeros(0, dtype=torch.int64), torch.zeros(0).double())
-    loss.backward()
-    assert loss.item() == 0.0 and nll.shape == (0,)
+    none = torch.zeros(0, dtype=torch.int64)
+    nll, dh = loss_and_gradient(leaf(0, 9).detach(), leaf(5, 9).detach(), none, torch.zeros(0).double(), fuse=False)
+    assert nll.shape == (0,) and dh.shape == (0, 9) and nll.sum().item() == 0.0
 
 
 def test_dropout_depends_on_key_salt_and_feature_alone() -> None:

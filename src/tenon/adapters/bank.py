@@ -23,8 +23,8 @@ from torch import Tensor
 from tenon.bases.facts import ModelFacts, parse_site, site_name
 from tenon.batch import Batch
 from tenon.errors import AdapterError
-from tenon.kernels.lora_linear import LoraGroup, LoraMember, LoraPart
-from tenon.models.decoder import STACKS
+from tenon.kernels.low_rank import LoraGroup, LoraMember, LoraPart, LowRank, Routes, site_table
+from tenon.models.weights import STACKS
 
 Initialisation = Literal["kaiming", "gaussian", "orthogonal"]
 
@@ -82,6 +82,11 @@ class Slot:
         self.gradients_P = torch.zeros_like(self.parameters_P) if trained else None
         self._compute_P = self.parameters_P if dtype == torch.float32 else self.parameters_P.to(dtype)
         self.groups = _make_groups(self, facts)
+
+    @property
+    def lowest_layer(self) -> int:
+        """The first layer that is adapted."""
+        return min(layer for layer, _ in self.groups)
 
     def matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
         """For each site its fp32 A (R, D) and B (O, R), views of the flat parameters."""
@@ -152,7 +157,7 @@ def _make_groups(slot: Slot, facts: ModelFacts) -> dict[tuple[int, str], LoraGro
     for layer in range(facts.layers):
         for salt, (stack, modules) in enumerate(STACKS.items()):
             members, sites, out, rank_start = [], [], 0, 0
-            for module in modules:
+            for index, module in enumerate(modules):
                 site, out_start = site_name(layer, module), out
                 out += facts.linear_shape(module)[0]
                 if site not in slot.shape.sites:
@@ -160,7 +165,7 @@ def _make_groups(slot: Slot, facts: ModelFacts) -> dict[tuple[int, str], LoraGro
                 place, b_OR, grad_b_OR = slot.group_member(site)
                 rank_stop = rank_start + place.rank
                 scale = slot.shape.sites[site].scale
-                members.append(LoraMember(b_OR, grad_b_OR, out_start, out, rank_start, rank_stop, scale))
+                members.append(LoraMember(b_OR, grad_b_OR, out_start, out, rank_start, rank_stop, scale, index))
                 sites.append(site)
                 rank_start = rank_stop
             if sites:
@@ -177,7 +182,8 @@ class AdapterBank:
         """dtype: what the decoder computes in; parameters stay fp32 whatever it is."""
         self.facts, self.dtype, self.device = facts, dtype, device
         self.slots: dict[int, Slot] = {}
-        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self._tables: dict[tuple[int, str], Tensor] = {}
+        self._bounds = {stack: _stack_bounds(facts, modules) for stack, modules in STACKS.items()}
 
     def add(self, name: str, shape: SlotShape, *, trained: bool) -> int:
         """Make a slot, all zeros (an adapter that changes nothing); returns its number, the lowest free one.
@@ -186,20 +192,21 @@ class AdapterBank:
         """
         number = next(i for i in range(len(self.slots) + 1) if i not in self.slots)
         self.slots[number] = Slot(name, shape, self.facts, trained=trained, dtype=self.dtype, device=self.device)
+        self._tables.clear()
         return number
 
     def remove(self, number: int) -> None:
         """Free a slot; batches that name it are refused from then on."""
         del self.slots[number]
+        self._tables.clear()
 
-    @property
-    def anchor(self) -> Tensor | None:
-        """See `models.decoder.Bank.anchor`."""
-        trained = any(slot.gradients_P is not None for slot in self.slots.values())
-        return self._anchor if trained and torch.is_grad_enabled() else None
+    def lowest_layer(self, batch: Batch) -> int:
+        """See `models.decoder.Bank.lowest_layer`."""
+        slots = [self.slots[segment.slot] for segment in batch.segments if segment.slot >= 0]
+        return min((slot.lowest_layer for slot in slots if slot.gradients_P is not None), default=self.facts.layers)
 
-    def parts(self, layer: int, stack: str, batch: Batch) -> tuple[LoraPart, ...]:
-        """See `models.decoder.Bank.parts`. Raises KeyError for a slot that is not in the bank."""
+    def low_rank(self, layer: int, stack: str, batch: Batch, routes: Routes | None) -> LowRank | None:
+        """See `models.decoder.Bank.low_rank`. Raises KeyError for a slot that is not in the bank."""
         parts = []
         for segment in batch.segments:
             if segment.slot < 0:
@@ -210,7 +217,32 @@ class AdapterBank:
             dropped = batch.draw_T is not None and group.dropout > 0.0
             draw_T = batch.draw_T[segment.start : segment.stop] if dropped and batch.draw_T is not None else None
             parts.append(LoraPart(group, segment.start, segment.stop, draw_T))
-        return tuple(parts)
+        if not parts:
+            return None
+        width = max(part.group.a_RD.shape[0] for part in parts)
+        rank = max(m.rank_stop - m.rank_start for part in parts for m in part.group.members)
+        # Rows of whole 32 bytes, which the kernels read fastest.
+        width = -(-width // 16) * 16
+        table_SF = None if routes is None else self._table(layer, stack)
+        return LowRank(tuple(parts), self._bounds[stack], width, rank, routes, table_SF)
+
+    def _table(self, layer: int, stack: str) -> Tensor:
+        """The facts of all slots at one stacked weight, as kernels read them; all tables are made in one copy."""
+        if not self._tables:
+            last = max(self.slots)
+            places = [(i, name) for i in range(self.facts.layers) for name in STACKS]
+            groups = [self.slots[n].groups.get(p) if n in self.slots else None for p in places for n in range(last + 1)]
+            whole = site_table(groups, self.device).view(len(places), last + 1, -1)
+            self._tables = dict(zip(places, whole.unbind(), strict=True))
+        return self._tables[layer, stack]
+
+
+def _stack_bounds(facts: ModelFacts, modules: tuple[str, ...]) -> tuple[int, ...]:
+    """Where each module's outputs begin in a stacked weight, and the end."""
+    bounds = [0]
+    for module in modules:
+        bounds.append(bounds[-1] + facts.linear_shape(module)[0])
+    return tuple(bounds)
 
 
 def initialise(slot: Slot, kind: Initialisation, seed: int) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tenon.batch import IGNORE, AttentionGroup, AttentionLayout, Batch, Segment
+from tenon.batch import IGNORE, AttentionGroup, AttentionLayout, Batch, PackedRows, Segment
 from tenon.kernels.dropout import mix32
 
 
@@ -66,11 +66,19 @@ def bare_row(slot: int, ids: Sequence[int]) -> PackRow:
 
 @dataclass(frozen=True, slots=True)
 class PackOptions:
-    """micro_tokens: most tokens of a batch (one longer row still goes alone). dropout: whether any slot needs keys."""
+    """How rows become batches.
+
+    micro_tokens: most tokens of a batch (one longer row still goes alone). dropout: whether any slot needs keys.
+    packed: rows without a shared prefix are attended as they lie (variable-length attention; see
+    `Decoder.attends_packed`) instead of in groups of like length. tile_tokens: above 0, the tokens are listed in tiles
+    of so many for fused kernels (`Decoder.tile_tokens`).
+    """
 
     micro_tokens: int
     share_prefix: bool = True
     dropout: bool = False
+    packed: bool = False
+    tile_tokens: int = 0
 
     @property
     def shares(self) -> bool:
@@ -86,7 +94,7 @@ def pack_rows(rows: Sequence[PackRow], options: PackOptions, device: torch.devic
         run[0].slot: _shared_prefix(run, costs.prefix_tokens) if options.shares else 0 for run in _runs(ordered)
     }
     parts = _split(ordered, prefixes, options.micro_tokens)
-    return [_batch(part, prefixes, device, dropout=options.dropout) for part in parts]
+    return [_batch(part, prefixes, device, options) for part in parts]
 
 
 def _split(rows: list[PackRow], prefixes: dict[int, int], micro_tokens: int) -> list[list[PackRow]]:
@@ -157,24 +165,54 @@ class _Piece:
         return self.length * self.stop
 
 
-def _batch(rows: list[PackRow], prefixes: dict[int, int], device: torch.device, *, dropout: bool) -> Batch:
+def _batch(rows: list[PackRow], prefixes: dict[int, int], device: torch.device, options: PackOptions) -> Batch:
     pieces = _lay_pieces(rows, prefixes)
-    ids = np.concatenate([p.row.ids[p.skip : p.stop] for p in pieces]).astype(np.int64)
+    ids = np.concatenate([p.row.ids[p.skip : p.stop] for p in pieces])
     labels = np.concatenate([p.row.labels[p.skip : p.stop] for p in pieces])
     positions = np.concatenate([np.arange(p.skip, p.stop) for p in pieces])
     draws = np.repeat(np.array([p.row.draw for p in pieces], dtype=np.int32), [p.length for p in pieces])
+    supervised = np.flatnonzero(labels != IGNORE)
+    segments = _segments(pieces)
+    ids_T, labels_T, positions_T, supervised_L, tiles, runs = upload(
+        [ids, labels, positions, supervised, *list_routes(segments, options.tile_tokens)], device
+    )
     return Batch(
-        ids_T=torch.from_numpy(ids).to(device),
-        positions_T=torch.from_numpy(positions).to(device),
-        labels_T=torch.from_numpy(labels).to(device),
+        ids_T=ids_T,
+        positions_T=positions_T,
+        labels_T=labels_T,
         cu_seqlens=(*(p.start for p in pieces), len(ids)),
         slots=tuple(p.row.slot for p in pieces),
         rows=tuple(p.row.index for p in pieces),
-        segments=_segments(pieces),
-        attention=_attention_layout(pieces, len(ids), device),
+        segments=segments,
+        attention=_attention_layout(pieces, len(ids), device, packed=options.packed),
+        supervised_L=supervised_L,
         row_tokens=sum(len(row.ids) for row in rows),
-        draw_T=_token_draws(draws, positions).to(device) if dropout else None,
+        positions_end=max(p.stop for p in pieces),
+        draw_T=_token_draws(draws, positions).to(device) if options.dropout else None,
+        tiles_N3=tiles.view(-1, 3) if options.tile_tokens else None,
+        segments_M3=runs.view(-1, 3) if options.tile_tokens else None,
     )
+
+
+def list_routes(segments: tuple[Segment, ...], tile_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which slot each tile of tokens, and each run of tokens, belongs to: flat (slot, start, stop) triples."""
+    if not tile_tokens:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    tiles = [
+        (s.slot, at, min(at + tile_tokens, s.stop)) for s in segments for at in range(s.start, s.stop, tile_tokens)
+    ]
+    runs = [(s.slot, s.start, s.stop) for s in segments if s.slot >= 0]
+    return np.array(tiles, dtype=np.int64).reshape(-1), np.array(runs, dtype=np.int64).reshape(-1)
+
+
+def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """int64 tensors of several arrays, by one copy to the device; each begins at a multiple of 16 bytes."""
+    starts = np.cumsum([0, *(len(array) + len(array) % 2 for array in arrays)])
+    whole = torch.empty(int(starts[-1]), dtype=torch.int64, pin_memory=device.type == "cuda")
+    for array, start in zip(arrays, starts, strict=False):
+        whole[start : start + len(array)] = torch.from_numpy(array)
+    there = whole.to(device, non_blocking=True)
+    return [there[start : start + len(array)] for array, start in zip(arrays, starts, strict=False)]
 
 
 def _token_draws(draws: np.ndarray, positions: np.ndarray) -> torch.Tensor:
@@ -209,8 +247,13 @@ def _segments(pieces: list[_Piece]) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-def _attention_layout(pieces: list[_Piece], tokens: int, device: torch.device) -> AttentionLayout:
-    """Groups of rows of like length under the same prefix, and where their outputs belong."""
+def _attention_layout(pieces: list[_Piece], tokens: int, device: torch.device, *, packed: bool) -> AttentionLayout:
+    """Groups of rows of like length under the same prefix, and where their outputs belong; or the rows as they lie."""
+    if packed and all(p.prefix_start < 0 and p.skip == 0 for p in pieces):
+        lengths = [p.length for p in pieces]
+        cu_N = torch.tensor([*(p.start for p in pieces), tokens], dtype=torch.int32, pin_memory=device.type == "cuda")
+        rows = PackedRows(cu_N.to(device, non_blocking=True), max(lengths), len(set(lengths)) == 1)
+        return AttentionLayout((), None, rows)
     groups: list[AttentionGroup] = []
     restore = np.empty(tokens, dtype=np.int64)
     at = 0

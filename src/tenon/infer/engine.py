@@ -14,10 +14,12 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tenon.batch import IGNORE, NO_SLOT, AttentionLayout, Batch, Segment
+from tenon.data.pack import list_routes, upload
 from tenon.errors import AdapterError, BaseModelError
 from tenon.infer.requests import Completion, FinishReason, OnFinish, OnToken, Request
 from tenon.infer.sampling import Draw, sample
@@ -183,7 +185,7 @@ class Engine:
         """Run the tokens through the decoder and into the cache; hidden states (T, D) in the order given."""
         counts = tuple(len(taken.ids) for taken in passing)
         attention = self._cache.extend(tuple(taken.place for taken in passing), counts)
-        batch = _inference_batch(passing, attention.positions_T)
+        batch = _inference_batch(passing, attention.positions_T, self._decoder.tile_tokens)
         hidden_TD = self._decoder.forward(batch, self._bank, attention)
         attention.commit()
         return hidden_TD
@@ -253,7 +255,7 @@ class Engine:
             row.finish = "context"
 
 
-def _inference_batch(passing: list[_Taken], positions_T: Tensor) -> Batch:
+def _inference_batch(passing: list[_Taken], positions_T: Tensor, tile_tokens: int) -> Batch:
     """The pass as a Batch without labels; attention is the cache's."""
     ids = [token for taken in passing for token in taken.ids]
     bounds, segments = [0], []
@@ -263,7 +265,7 @@ def _inference_batch(passing: list[_Taken], positions_T: Tensor) -> Batch:
             start = segments.pop().start
         segments.append(Segment(taken.slot, start, stop))
         bounds.append(stop)
-    ids_T = torch.tensor(ids, dtype=torch.int64, device=positions_T.device)
+    (ids_T, *routes) = upload([np.array(ids), *list_routes(tuple(segments), tile_tokens)], positions_T.device)
     return Batch(
         ids_T=ids_T,
         positions_T=positions_T,
@@ -273,7 +275,11 @@ def _inference_batch(passing: list[_Taken], positions_T: Tensor) -> Batch:
         rows=tuple(taken.place for taken in passing),
         segments=tuple(segments),
         attention=AttentionLayout((), None),
+        supervised_L=ids_T.new_zeros(0),
         row_tokens=len(ids),
+        positions_end=max(taken.position + len(taken.ids) for taken in passing),
+        tiles_N3=routes[0].view(-1, 3) if tile_tokens else None,
+        segments_M3=routes[1].view(-1, 3) if tile_tokens else None,
     )
 
 

@@ -13,7 +13,7 @@ import torch
 
 from tenon.batch import IGNORE, Batch
 from tenon.data.pack import PackOptions, PackRow, pack_rows
-from tenon.kernels.linear_cross_entropy import linear_cross_entropy
+from tenon.kernels.linear_cross_entropy import token_nll
 from tenon.models.decoder import Bank, Decoder
 
 
@@ -52,8 +52,9 @@ def score(
     """
     numbered = [PackRow(row.slot, row.ids, row.supervised, index) for index, row in enumerate(rows)]
     usable = [row for row in numbered if len(row.ids) > 1]
+    packing = PackOptions(pass_tokens, share_prefix, packed=decoder.attends_packed, tile_tokens=decoder.tile_tokens)
     found: dict[int, np.ndarray] = {row.index: np.zeros(0, dtype=np.float32) for row in numbered}
-    for batch in pack_rows(usable, PackOptions(pass_tokens, share_prefix), decoder.device) if usable else ():
+    for batch in pack_rows(usable, packing, decoder.device) if usable else ():
         finished = _score_batch(decoder, bank, batch)
         found |= finished
         if on_rows is not None:
@@ -64,10 +65,8 @@ def score(
 def _score_batch(decoder: Decoder, bank: Bank | None, batch: Batch) -> dict[int, np.ndarray]:
     """logprobs of each row's labelled tokens, by the row's index."""
     hidden_TD = decoder.forward(batch, bank)
-    supervised_L = batch.supervised
-    labels_L = batch.labels_T[supervised_L]
-    ones_L = torch.ones(len(labels_L), dtype=torch.float32, device=hidden_TD.device)
-    _, nll_L = linear_cross_entropy(hidden_TD[supervised_L], decoder.head_VD, labels_L, ones_L)
+    supervised_L = batch.supervised_L
+    nll_L = token_nll(hidden_TD[supervised_L], decoder.head_VD, batch.labels_T[supervised_L])
     labelled_T = (batch.labels_T != IGNORE).cpu().numpy()
     logprobs = -nll_L.float().cpu().numpy()
     ends = np.concatenate([[0], np.cumsum(labelled_T)])[list(batch.cu_seqlens)]

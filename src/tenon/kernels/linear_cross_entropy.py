@@ -10,14 +10,14 @@ Shape legend: L labelled tokens, D hidden, V vocabulary. W is frozen. This modul
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tenon.kernels import linear_cross_entropy_triton as fused
+
 # Bytes of one chunk of logits: large enough for full matrix speed, small beside the activations.
-_CHUNK_BYTES = 128 * 1024 * 1024
+_CHUNK_BYTES = {False: 128 * 1024 * 1024, True: 256 * 1024 * 1024}
 
 
 def linear_cross_entropy_reference(h_LD: Tensor, head_VD: Tensor, labels_L: Tensor, coefficient_L: Tensor) -> Tensor:
@@ -27,8 +27,9 @@ def linear_cross_entropy_reference(h_LD: Tensor, head_VD: Tensor, labels_L: Tens
     return (coefficient_L * nll).sum()
 
 
-def _chunk_rows(vocab: int) -> int:
-    return max(64, _CHUNK_BYTES // (4 * vocab))
+def _chunk_rows(head_VD: Tensor, *, fuse: bool) -> int:
+    width = head_VD.element_size() if fuse else 4
+    return max(64, _CHUNK_BYTES[fuse] // (width * head_VD.shape[0]))
 
 
 def _chunk_nll(h: Tensor, head_VD: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,43 +41,38 @@ def _chunk_nll(h: Tensor, head_VD: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     return lse - logits.gather(1, labels[:, None]).squeeze(1), logits, lse
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, h_LD: Tensor, head_VD: Tensor, labels_L: Tensor, coefficient_L: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        rows = _chunk_rows(head_VD.shape[0])
-        grad_LD = torch.empty_like(h_LD)
-        nll_L = torch.empty(h_LD.shape[0], dtype=coefficient_L.dtype, device=h_LD.device)
-        for start in range(0, h_LD.shape[0], rows):
-            part = slice(start, start + rows)
-            labels = labels_L[part]
-            nll_L[part], logits, lse = _chunk_nll(h_LD[part], head_VD, labels)
-            p = logits.sub_(lse[:, None]).exp_()
-            p.scatter_add_(1, labels[:, None], p.new_full((labels.shape[0], 1), -1.0))
-            p.mul_(coefficient_L[part, None].to(p.dtype))
-            grad_LD[part] = p.to(h_LD.dtype) @ head_VD
-        ctx.save_for_backward(grad_LD)
-        ctx.mark_non_differentiable(nll_L)
-        return (coefficient_L * nll_L).sum(), nll_L
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_LD,) = ctx.saved_tensors
-        return grad_LD * grads[0].to(grad_LD.dtype), None, None, None
+def _chunk_gradient(h: Tensor, head_VD: Tensor, labels: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
+    """(nll, gradient of the logits in h's dtype) of some rows."""
+    nll, logits, lse = _chunk_nll(h, head_VD, labels)
+    p = logits.sub_(lse[:, None]).exp_()
+    p.scatter_add_(1, labels[:, None], p.new_full((labels.shape[0], 1), -1.0))
+    return nll, p.mul_(coefficient[:, None].to(p.dtype)).to(h.dtype)
 
 
-def linear_cross_entropy(
-    h_LD: Tensor, head_VD: Tensor, labels_L: Tensor, coefficient_L: Tensor
+def loss_and_gradient(
+    h_LD: Tensor, head_VD: Tensor, labels_L: Tensor, coefficient_L: Tensor, *, fuse: bool
 ) -> tuple[Tensor, Tensor]:
-    """(loss, nll_L): the weighted sum, and each token's negative log likelihood in nats (not differentiable).
+    """(nll_L, dh_LD): each token's negative log likelihood in nats, and the gradient of sum_l c[l] nll[l].
 
-    Without a labelled token the loss is 0, not NaN. Under no_grad only the likelihoods are computed.
+    Without a labelled token both are empty. fuse: softmax and its gradient in one kernel, in place of the logits.
     """
-    if torch.is_grad_enabled() and h_LD.requires_grad:
-        loss, nll_L = _LinearCrossEntropy.apply(h_LD, head_VD, labels_L, coefficient_L)  # type: ignore[misc]
-        return loss, nll_L
-    rows = _chunk_rows(head_VD.shape[0])
+    rows = _chunk_rows(head_VD, fuse=fuse)
+    grad_LD = torch.empty_like(h_LD)
+    nll_L = torch.empty(h_LD.shape[0], dtype=coefficient_L.dtype, device=h_LD.device)
+    for start in range(0, h_LD.shape[0], rows):
+        part = slice(start, start + rows)
+        h, labels, coefficient = h_LD[part], labels_L[part], coefficient_L[part]
+        if fuse:
+            p = functional.linear(h, head_VD)
+            fused.softmax_gradient(p, labels, coefficient, nll_L[part])
+        else:
+            nll_L[part], p = _chunk_gradient(h, head_VD, labels, coefficient)
+        torch.mm(p, head_VD, out=grad_LD[part])
+    return nll_L, grad_LD
+
+
+def token_nll(h_LD: Tensor, head_VD: Tensor, labels_L: Tensor) -> Tensor:
+    """nll_L alone, in fp32 or wider: scoring without a gradient."""
+    rows = _chunk_rows(head_VD, fuse=False)
     pieces = [_chunk_nll(h_LD[i : i + rows], head_VD, labels_L[i : i + rows])[0] for i in range(0, h_LD.shape[0], rows)]
-    nll_L = torch.cat(pieces) if pieces else coefficient_L.new_zeros(0)
-    return (coefficient_L * nll_L).sum(), nll_L
+    return torch.cat(pieces) if pieces else torch.zeros(0, device=h_LD.device)

@@ -1,6 +1,11 @@
-"""Root-mean-square normalisation.
+"""Root-mean-square normalisation, with the sum before it.
 
-    y = w * x / sqrt(mean(x^2) + eps)
+    x = x' + y + s B low                 (the residual stream and a layer's addition; see `low_rank.Sum`)
+    n = w * x / sqrt(mean(x^2) + eps)
+
+and backward, with g = dn * w and inv = 1 / sqrt(mean(x^2) + eps):
+
+    dx = residual + inv * (g - x * inv^2 * mean(g * x))
 
 Source: Zhang & Sennrich, 2019. Shape legend: T tokens, D features (the last dimension; any number before it).
 The gain w is frozen: there is no gradient for it. This module knows no layers.
@@ -8,37 +13,59 @@ The gain w is frozen: there is no gradient for it. This module knows no layers.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from tenon.kernels import rms_norm_triton as fused
+from tenon.kernels.low_rank import Sum
+
+_NARROW = (torch.bfloat16, torch.float16)
 
 
 def rms_norm_reference(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """The formula in plain torch, in fp32, rounded to x's dtype before the gain (as transformers does)."""
-    x = x_TD.float() if x_TD.dtype in (torch.bfloat16, torch.float16) else x_TD
+    x = x_TD.float() if x_TD.dtype in _NARROW else x_TD
     y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return weight_D * y.to(x_TD.dtype)
 
 
-class _RmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        x = x_TD.float() if x_TD.dtype in (torch.bfloat16, torch.float16) else x_TD
-        inverse_T1 = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x_TD, weight_D, inverse_T1)
-        return (x * inverse_T1).to(x_TD.dtype).mul_(weight_D)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # With n = x * inv and g = dy * w:  dx = inv * (g - n * mean(g * n)).
-        x_TD, weight_D, inverse_T1 = ctx.saved_tensors
-        normed = x_TD * inverse_T1
-        g = grads[0] * weight_D
-        mean_T1 = (g * normed).mean(-1, keepdim=True)
-        return g.addcmul_(normed, mean_T1.to(normed.dtype), value=-1.0).mul(inverse_T1).to(x_TD.dtype), None, None
-
-
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Normalise the last dimension; same shape and dtype as x. Gradient for x only."""
-    return _RmsNorm.apply(x_TD, weight_D, eps)  # type: ignore[no-any-return]
+    """Normalise the last dimension; same shape and dtype as x, a new tensor."""
+    x = x_TD.float() if x_TD.dtype in _NARROW else x_TD
+    inverse_T1 = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return (x * inverse_T1).to(x_TD.dtype).mul_(weight_D)
+
+
+def rms_norm_backward(dn_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """dx of `rms_norm` alone (no residual), a new tensor."""
+    x = x_TD.float() if x_TD.dtype in _NARROW else x_TD
+    inverse_T1 = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    normed = x * inverse_T1
+    g = dn_TD * weight_D
+    mean_T1 = (g * normed).mean(-1, keepdim=True)
+    return g.to(x.dtype).addcmul(normed, mean_T1, value=-1.0).mul_(inverse_T1).to(x_TD.dtype)
+
+
+def add_norm(x_TD: Tensor, update: Sum | None, weight_D: Tensor, eps: float, *, fuse: bool) -> tuple[Tensor, Tensor]:
+    """(x, n): the stream after the update, and it normalised. The update's own tensor is overwritten by x.
+
+    update None: x stays the tensor it is. fuse: one kernel instead of several; it adds the low-rank term itself.
+    """
+    if fuse:
+        return fused.add_norm(x_TD, update, weight_D, eps)
+    if update is not None:
+        x_TD = update.settled().add_(x_TD)
+    return x_TD, rms_norm(x_TD, weight_D, eps)
+
+
+def add_norm_backward(
+    dn: Sum, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, *, fuse: bool
+) -> tuple[Tensor, Tensor]:
+    """(dx, n): the gradient of the stream, residual_TD being what reaches it past the norm; and n made again.
+
+    dn's own tensor may be overwritten.
+    """
+    if fuse:
+        return fused.add_norm_backward(dn, x_TD, residual_TD, weight_D, eps)
+    dx_TD = rms_norm_backward(dn.settled(), x_TD, weight_D, eps).add_(residual_TD)
+    return dx_TD, rms_norm(x_TD, weight_D, eps)

@@ -1,17 +1,19 @@
 """The gated feed-forward's activation.
 
-    y = silu(g) * u,   silu(g) = g / (1 + exp(-g)),   with [g, u] the two halves of one tensor
+    h = silu(g) * u,   silu(g) = g sig(g),   sig(g) = 1 / (1 + exp(-g)),   with [g, u] the two halves of one tensor
+    du = dh silu(g),   dg = dh u sig(g) (1 + g (1 - sig(g)))
 
 Source: Shazeer, 2020 (GLU variants). Shape legend: T tokens, F feed-forward features. This module knows no weights.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from tenon.kernels import swiglu_triton as fused
+from tenon.kernels.low_rank import Sum
 
 
 def swiglu_reference(gate_up_TF2: Tensor) -> Tensor:
@@ -20,29 +22,28 @@ def swiglu_reference(gate_up_TF2: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
 
-class _SwiGlu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up_TF2: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up_TF2)
-        gate, up = gate_up_TF2.chunk(2, dim=-1)
-        return functional.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        # d silu(g) = sig(g) * (1 + g * (1 - sig(g))).
-        (gate_up_TF2,) = ctx.saved_tensors
-        gate, up = gate_up_TF2.chunk(2, dim=-1)
-        dy = grads[0]
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        out = torch.empty_like(gate_up_TF2)
-        d_gate, d_up = out.chunk(2, dim=-1)
-        torch.mul(dy, silu, out=d_up)
-        slope = silu.mul_(1 - sigmoid).add_(sigmoid)
-        torch.mul(slope.mul_(up), dy, out=d_gate)
-        return out
+def swiglu(gate_up: Sum, *, fuse: bool) -> Tensor:
+    """(T, 2F) -> (T, F), a new tensor. fuse: one kernel adds the low-rank term while it reads, and leaves it unadded
+    for the backward; otherwise the sum is settled.
+    """
+    if fuse:
+        return fused.swiglu(gate_up)
+    gate, up = gate_up.settled().chunk(2, dim=-1)
+    return functional.silu(gate).mul_(up)
 
 
-def swiglu(gate_up_TF2: Tensor) -> Tensor:
-    """(T, 2F) -> (T, F), saving only its input."""
-    return _SwiGlu.apply(gate_up_TF2)  # type: ignore[no-any-return]
+def swiglu_backward(dh: Sum, gate_up: Sum, *, fuse: bool) -> tuple[Tensor, Tensor]:
+    """(d_gate_up, h): the gradient, and the activation made again. Both arguments' own tensors are overwritten."""
+    if fuse:
+        return fused.swiglu_backward(dh, gate_up)
+    dh_TF = dh.settled()
+    gate, up = gate_up.settled().chunk(2, dim=-1)
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    h_TF = silu * up
+    d_gate_up = torch.empty_like(gate_up.y_TO)
+    d_gate, d_up = d_gate_up.chunk(2, dim=-1)
+    torch.mul(dh_TF, silu, out=d_up)
+    slope = silu.mul_(1 - sigmoid).add_(sigmoid)
+    torch.mul(slope.mul_(up), dh_TF, out=d_gate)
+    return d_gate_up, h_TF

@@ -1,5 +1,7 @@
 """Causal attention over packed rows: a token sees its own row's earlier tokens (and its shared prefix), nothing else.
 
+A pass that is recorded comes with an `AttentionTape`, which gives the gradients of queries, keys and values.
+
 Shape legend: T tokens, H query heads, K key/value heads, E head dimension, G rows of a group, Q queries and C contexts
 of a row, N cache rows. This module knows no weights.
 """
@@ -13,13 +15,24 @@ from torch import Tensor
 from torch.nn import functional
 
 from tenon.batch import AttentionGroup, AttentionLayout
+from tenon.models import flash
+
+
+class AttentionTape(Protocol):
+    """What a recorded attention left behind."""
+
+    def backward(self, d_out_THE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of q, k and v; call once."""
+        ...
 
 
 class Attention(Protocol):
     """What the decoder asks of attention: which earlier tokens each query sees is this object's business."""
 
-    def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, *, scale: float, window: int) -> Tensor:
-        """The attended values (T, H, E)."""
+    def attend(
+        self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, *, scale: float, window: int, record: bool
+    ) -> tuple[Tensor, AttentionTape | None]:
+        """The attended values (T, H, E), and the tape when it is recorded."""
         ...
 
 
@@ -29,10 +42,37 @@ class PackedAttention:
     def __init__(self, layout: AttentionLayout) -> None:
         self._layout = layout
 
-    def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, *, scale: float, window: int) -> Tensor:
+    def attend(
+        self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, *, scale: float, window: int, record: bool
+    ) -> tuple[Tensor, AttentionTape | None]:
         """See `Attention.attend`; the same for every layer."""
         del layer
-        return packed_attention(q_THE, k_TKE, v_TKE, self._layout, scale=scale, window=window)
+        packed = self._layout.packed
+        if packed is not None:
+            return flash.attend(q_THE, k_TKE, v_TKE, packed, scale=scale, window=window, record=record)
+        if not record:
+            return packed_attention(q_THE, k_TKE, v_TKE, self._layout, scale=scale, window=window), None
+        return self._recorded(q_THE, k_TKE, v_TKE, scale=scale, window=window)
+
+    def _recorded(
+        self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, *, scale: float, window: int
+    ) -> tuple[Tensor, AttentionTape]:
+        q_THE, k_TKE, v_TKE = (x.detach().requires_grad_() for x in (q_THE, k_TKE, v_TKE))
+        with torch.enable_grad():
+            out_THE = packed_attention(q_THE, k_TKE, v_TKE, self._layout, scale=scale, window=window)
+        return out_THE.detach(), GraphTape((q_THE, k_TKE, v_TKE), out_THE)
+
+
+class GraphTape:
+    """The tape of an attention that torch differentiates by itself: a graph of this one operation."""
+
+    def __init__(self, inputs: tuple[Tensor, Tensor, Tensor], out_THE: Tensor) -> None:
+        self._inputs, self._out_THE = inputs, out_THE
+
+    def backward(self, d_out_THE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `AttentionTape.backward`."""
+        dq, dk, dv = torch.autograd.grad(self._out_THE, self._inputs, d_out_THE)
+        return dq, dk, dv
 
 
 def packed_attention(

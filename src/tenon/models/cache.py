@@ -98,8 +98,15 @@ class CachedAttention:
         self._groups = [_PlaceGroup(np.array(places)[m], past[m], new[m], starts[m], device) for m in members]
         self._restore_T = _restore_order(members, new, starts, device)
 
-    def attend(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, *, scale: float, window: int) -> Tensor:
-        """Write the new keys and values, then attend each new token to its place's past and itself."""
+    def attend(
+        self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, *, scale: float, window: int, record: bool
+    ) -> tuple[Tensor, None]:
+        """Write the new keys and values, then attend each new token to its place's past and itself.
+
+        Raises ValueError when it is to be recorded: a cache is for inference.
+        """
+        if record:
+            raise ValueError("attention over a cache has no backward pass")
         keys_NLKE, values_NLKE = self._cache.keys[layer], self._cache.values[layer]
         keys_NLKE[self._place_T, self.positions_T] = k_TKE
         values_NLKE[self._place_T, self.positions_T] = v_TKE
@@ -116,7 +123,7 @@ class CachedAttention:
             for group in self._groups
         ]
         stream = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return stream if self._restore_T is None else stream.index_select(0, self._restore_T)
+        return stream if self._restore_T is None else stream.index_select(0, self._restore_T), None
 
     def commit(self) -> None:
         """Count the pass's tokens as seen; call once, after the forward pass."""

@@ -13,7 +13,7 @@ import torch
 from tenon.adapters.bank import AdapterBank
 from tenon.data.pack import PackOptions, PackRow, pack_rows
 from tenon.errors import TrainError
-from tenon.kernels.linear_cross_entropy import linear_cross_entropy
+from tenon.kernels.linear_cross_entropy import token_nll
 from tenon.models.decoder import Decoder
 from tenon.train.slot import SlotTraining
 
@@ -42,11 +42,11 @@ def not_finite_error(
 
 @torch.no_grad()
 def _row_is_finite(decoder: Decoder, bank: AdapterBank, row: PackRow) -> bool:
-    for batch in pack_rows([row], PackOptions(len(row.ids)), decoder.device):
+    packing = PackOptions(len(row.ids), packed=decoder.attends_packed, tile_tokens=decoder.tile_tokens)
+    for batch in pack_rows([row], packing, decoder.device):
         hidden_TD = decoder.forward(batch, bank)
-        index_L = batch.supervised
-        ones_L = torch.ones(len(index_L), device=decoder.device)
-        loss, _ = linear_cross_entropy(hidden_TD[index_L], decoder.head_VD, batch.labels_T[index_L], ones_L)
-        if not math.isfinite(float(loss)):
+        index_L = batch.supervised_L
+        nll_L = token_nll(hidden_TD[index_L], decoder.head_VD, batch.labels_T[index_L])
+        if not math.isfinite(float(nll_L.sum())):
             return False
     return True

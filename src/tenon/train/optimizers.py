@@ -96,7 +96,7 @@ def _make(plan: OptimizerPlan, groups: list[dict[str, list[Tensor]]]) -> torch.o
             groups, lr=plan.lr, betas=betas, eps=plan.eps, weight_decay=plan.weight_decay, fused=True
         )
     try:
-        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+        from bitsandbytes.optim.adamw import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise PlanError(
             "plan-optimizer-missing",

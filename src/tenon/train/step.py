@@ -19,8 +19,9 @@ from torch import Tensor
 from tenon.adapters.bank import AdapterBank
 from tenon.batch import Batch
 from tenon.data.pack import PackOptions, PackRow, pack_rows
-from tenon.kernels.linear_cross_entropy import linear_cross_entropy
+from tenon.kernels.linear_cross_entropy import loss_and_gradient
 from tenon.models.decoder import Decoder
+from tenon.models.layer import Keep
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,10 @@ class WindowLoss:
 
 @dataclass(frozen=True, slots=True)
 class StepOptions:
-    """micro_tokens, share_prefix: how a window is cut. recompute: see Decoder.forward. loss_scale: for fp16, else 1."""
+    """micro_tokens, share_prefix: how a window is cut. recompute: compute each layer again on the way back.
+
+    loss_scale: for fp16, else 1.
+    """
 
     micro_tokens: int
     share_prefix: bool
@@ -66,7 +70,13 @@ def accumulate_window(
     for row in rows:
         counts[row.slot] = counts.get(row.slot, 0) + supervised_count(row)
     dropout = any(slot.shape.dropout > 0.0 for slot in bank.slots.values())
-    packing = PackOptions(options.micro_tokens, options.share_prefix, dropout)
+    packing = PackOptions(
+        options.micro_tokens,
+        options.share_prefix,
+        dropout,
+        packed=decoder.attends_packed,
+        tile_tokens=decoder.tile_tokens,
+    )
     sums = {slot: torch.zeros((), dtype=torch.float64) for slot in counts}
     for batch in pack_rows(rows, packing, decoder.device):
         before_batch()
@@ -90,19 +100,27 @@ def _accumulate_batch(
     sums: dict[int, Tensor],
     options: StepOptions,
 ) -> None:
-    hidden_TD = decoder.forward(batch, bank, recompute=options.recompute)
-    index_L = batch.supervised
-    coefficient_T = torch.zeros(batch.tokens, device=decoder.device)
-    for segment in batch.segments:
-        share = options.loss_scale / max(1, counts[segment.slot])
-        coefficient_T[segment.start : segment.stop] = share
-    loss, nll_L = linear_cross_entropy(
-        hidden_TD[index_L], decoder.head_VD, batch.labels_T[index_L], coefficient_T[index_L]
+    recording = decoder.record(batch, bank, keep_layers(decoder.facts.layers, options))
+    index_L = batch.supervised_L
+    shares = torch.tensor([options.loss_scale / max(1, counts[s.slot]) for s in batch.segments])
+    lengths = torch.tensor([s.stop - s.start for s in batch.segments])
+    coefficient_T = shares.repeat_interleave(lengths).to(decoder.device, non_blocking=True)
+    hidden_TD = recording.hidden_TD
+    nll_L, d_hidden_LD = loss_and_gradient(
+        hidden_TD[index_L], decoder.head_VD, batch.labels_T[index_L], coefficient_T[index_L], fuse=decoder.fuse
     )
-    loss.backward()
+    d_hidden_TD = torch.zeros_like(hidden_TD).index_copy_(0, index_L, d_hidden_LD)
+    del hidden_TD, d_hidden_LD
+    recording.backward(d_hidden_TD)
+    nll_T = torch.zeros(batch.tokens, dtype=torch.float64, device=decoder.device)
+    nll_T.index_copy_(0, index_L, nll_L.double())
     for segment in batch.segments:
-        mine_L = (index_L >= segment.start) & (index_L < segment.stop)
-        sums[segment.slot] = sums[segment.slot].to(nll_L.device) + nll_L[mine_L].double().sum()
+        sums[segment.slot] = sums[segment.slot].to(nll_T.device) + nll_T[segment.start : segment.stop].sum()
+
+
+def keep_layers(layers: int, options: StepOptions) -> list[Keep]:
+    """What each layer keeps for the way back."""
+    return [Keep.INPUT if options.recompute else Keep.ALL] * layers
 
 
 def is_finite(*values: float) -> bool:

@@ -1,0 +1,272 @@
+"""The low-rank additions of LoRA beside a frozen linear map, for several slots in one token stream.
+
+    y[t] = W x[t] + s_slot B_slot A_slot drop(x[t])      for the tokens t of each slot
+
+The frozen product is not this module's. Here are the four small products around it, with low = A drop(x) and
+d_low = s B^T dy:
+
+    project      low  = A drop(x)                    d_a:   dA += d_low^T drop(x)
+    project_back d_low = s B^T dy                    d_b:   dB += s dy^T low
+    and the two sums  y += s B low  and  dx += drop'(A^T d_low), which are an `Addend`: where kernels are fused, whoever
+    reads y or dx next adds the term while reading, so that it costs no pass over memory of its own.
+
+One weight W may hold several modules stacked along its outputs (q, k, v; gate, up). Their A matrices are stacked too,
+so that one product makes all low-rank activations; each B writes the outputs of its own module.
+
+The gradients of A and B are *added into* the fp32 buffers that the groups carry: a slot has one flat gradient, and a
+micro-batch adds to it. The gradient of W does not exist.
+
+Source: Hu et al., 2021 (LoRA). Shape legend: T tokens, D inputs, O outputs, R ranks of a group, W the widest R of the
+bank. This module does not know what a slot is trained for, nor how its matrices are stored.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tenon.kernels import low_rank_triton as fused
+from tenon.kernels.dropout import dropout, keep_mask
+
+
+@dataclass(frozen=True, slots=True)
+class LoraMember:
+    """One module of the stacked weight: b_OR writes outputs [out_start, out_stop) from ranks [rank_start,
+    rank_stop). index: which module of the stack it is.
+    """
+
+    b_OR: Tensor
+    grad_b_OR: Tensor | None
+    out_start: int
+    out_stop: int
+    rank_start: int
+    rank_stop: int
+    scale: float
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LoraGroup:
+    """One slot's matrices at one stacked weight. Gradients are None when the slot is only used, not trained."""
+
+    a_RD: Tensor
+    grad_a_RD: Tensor | None
+    members: tuple[LoraMember, ...]
+    dropout: float = 0.0
+    salt: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPart:
+    """A group applied to the tokens [start, stop); draw_T holds their dropout keys (None: no dropout)."""
+
+    group: LoraGroup
+    start: int
+    stop: int
+    draw_T: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """Which slot each token belongs to, as the kernels read it; made once for a batch.
+
+    tiles_N3: int64 (slot or -1, start, stop) of runs of at most TILE tokens. segments_M3: the same of whole slots.
+    draw_T: dropout keys of all tokens, or None.
+    """
+
+    tiles_N3: Tensor
+    segments_M3: Tensor
+    draw_T: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """All slots' additions at one stacked weight, for one batch.
+
+    bounds: where each module's outputs begin, and the end. width: W. rank: the widest rank of one module. table_SF:
+    int64 facts of every slot (see `site_table`); routes and table_SF are None where kernels are not fused.
+    """
+
+    parts: tuple[LoraPart, ...]
+    bounds: tuple[int, ...]
+    width: int
+    rank: int
+    routes: Routes | None = None
+    table_SF: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Addend:
+    """A low-rank term that is still to be added: s B low to an output, or (back) A^T d_low to a gradient of inputs."""
+
+    low_TW: Tensor
+    low: LowRank
+    back: bool
+
+
+@dataclass(slots=True)
+class Sum:
+    """A product of the frozen weight and the low-rank term that its reader is to add. None: it is complete."""
+
+    y_TO: Tensor
+    addend: Addend | None
+
+    def settled(self) -> Tensor:
+        """The complete sum; the term is added in place, once."""
+        if self.addend is not None:
+            _add(self.y_TO, self.addend)
+            self.addend = None
+        return self.y_TO
+
+
+# ---- tables for the kernels -----------------------------------------------------------------------------------------
+
+
+def site_table(groups: Sequence[LoraGroup | None], device: torch.device) -> Tensor:
+    """int64 (slots, FIELDS): addresses, ranks, scales of each slot's group at one stacked weight; zeros for None.
+
+    Fields: A, its gradient, R, the dropout threshold, the bits of 1/(1-p), the salt; then for each of three modules B,
+    its gradient, its rank, the place of its ranks, the bits of its scale.
+    """
+    rows = [[0] * fused.FIELDS if group is None else _site_fields(group) for group in groups]
+    return torch.tensor(rows, dtype=torch.int64).to(device)
+
+
+def _site_fields(group: LoraGroup) -> list[int]:
+    fields = [0] * fused.FIELDS
+    grad_a = 0 if group.grad_a_RD is None else group.grad_a_RD.data_ptr()
+    threshold = max(-(2**31), min(round(group.dropout * 2**32) - 2**31, 2**31 - 1))
+    fields[: fused.MEMBERS_AT] = [
+        group.a_RD.data_ptr(),
+        grad_a,
+        group.a_RD.shape[0],
+        threshold,
+        _float_bits(1.0 / (1.0 - group.dropout)),
+        group.salt,
+    ]
+    for m in group.members:
+        at = fused.MEMBERS_AT + fused.MEMBER_FIELDS * m.index
+        grad_b = 0 if m.grad_b_OR is None else m.grad_b_OR.data_ptr()
+        rank = m.rank_stop - m.rank_start
+        fields[at : at + 5] = [m.b_OR.data_ptr(), grad_b, rank, m.rank_start, _float_bits(m.scale)]
+    return fields
+
+
+def _float_bits(value: float) -> int:
+    return struct.unpack("<i", struct.pack("<f", value))[0]
+
+
+# ---- the products ---------------------------------------------------------------------------------------------------
+
+
+def lora_linear_reference(
+    x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, parts: tuple[LoraPart, ...]
+) -> Tensor:
+    """The whole formula in plain torch, out of place, differentiable in x, A and B: what the rest is held against."""
+    y = torch.nn.functional.linear(x_TD, weight_OD, bias_O)
+    for part in parts:
+        low = _dropped(x_TD, part) @ part.group.a_RD.t()
+        delta = torch.zeros_like(y)
+        for m in part.group.members:
+            update = m.scale * (low[:, m.rank_start : m.rank_stop] @ m.b_OR.t())
+            delta[part.start : part.stop, m.out_start : m.out_stop] = update
+        y = y + delta
+    return y
+
+
+def project(x_TD: Tensor, low: LowRank | None) -> Tensor | None:
+    """low (T, W): each slot's A times the inputs of its tokens. Columns beyond a slot's rank are not defined."""
+    if low is None:
+        return None
+    low_TW = x_TD.new_empty(x_TD.shape[0], low.width)
+    if low.routes is not None and low.table_SF is not None:
+        fused.project(x_TD, low_TW, low.routes, low.table_SF)
+        return low_TW
+    for part in low.parts:
+        rank = part.group.a_RD.shape[0]
+        low_TW[part.start : part.stop, :rank] = _dropped(x_TD, part) @ part.group.a_RD.t()
+    return low_TW
+
+
+def project_back(dy_TO: Tensor, low: LowRank) -> Tensor:
+    """d_low (T, W): each slot's s B^T times the gradients of its tokens' outputs."""
+    d_low_TW = dy_TO.new_empty(dy_TO.shape[0], low.width)
+    if low.routes is not None and low.table_SF is not None:
+        fused.project_back(dy_TO, d_low_TW, low.bounds, low.rank, low.routes, low.table_SF)
+        return d_low_TW
+    for part in low.parts:
+        rows = slice(part.start, part.stop)
+        for m in part.group.members:
+            d_low = dy_TO[rows, m.out_start : m.out_stop] @ m.b_OR
+            torch.mul(d_low, m.scale, out=d_low_TW[rows, m.rank_start : m.rank_stop])
+    return d_low_TW
+
+
+def add_gradient_b(dy_TO: Tensor, low_TW: Tensor, low: LowRank) -> None:
+    """dB += s dy^T low, into each group's buffer, in fp32."""
+    if low.routes is not None and low.table_SF is not None:
+        fused.add_gradient_b(dy_TO, low_TW, low.bounds, low.rank, low.routes, low.table_SF)
+        return
+    for part in low.parts:
+        rows = slice(part.start, part.stop)
+        for m in part.group.members:
+            if m.grad_b_OR is not None:
+                dy = dy_TO[rows, m.out_start : m.out_stop]
+                _accumulate(m.grad_b_OR, dy.t(), low_TW[rows, m.rank_start : m.rank_stop], m.scale)
+
+
+def add_gradient_a(x_TD: Tensor, d_low_TW: Tensor, low: LowRank) -> None:
+    """dA += d_low^T drop(x), into each group's buffer, in fp32."""
+    if low.routes is not None and low.table_SF is not None:
+        fused.add_gradient_a(x_TD, d_low_TW, low.routes, low.table_SF)
+        return
+    for part in low.parts:
+        if part.group.grad_a_RD is not None:
+            d_low = d_low_TW[part.start : part.stop, : part.group.a_RD.shape[0]]
+            _accumulate(part.group.grad_a_RD, d_low.t(), _dropped(x_TD, part))
+
+
+def _add(y_TO: Tensor, addend: Addend) -> None:
+    """Add the term in place, in a pass of its own."""
+    low = addend.low
+    if low.routes is not None and low.table_SF is not None:
+        fused.add(y_TO, addend.low_TW, low.bounds, low.rank, low.routes, low.table_SF, back=addend.back)
+        return
+    for part in low.parts:
+        if addend.back:
+            _add_back(y_TO[part.start : part.stop], addend.low_TW, part)
+        else:
+            _add_forward(y_TO[part.start : part.stop], addend.low_TW, part)
+
+
+def _add_forward(rows_TO: Tensor, low_TW: Tensor, part: LoraPart) -> None:
+    for m in part.group.members:
+        low = low_TW[part.start : part.stop, m.rank_start : m.rank_stop]
+        rows_TO[:, m.out_start : m.out_stop].addmm_(low, m.b_OR.t(), alpha=m.scale)
+
+
+def _add_back(rows_TD: Tensor, d_low_TW: Tensor, part: LoraPart) -> None:
+    group = part.group
+    d_low = d_low_TW[part.start : part.stop, : group.a_RD.shape[0]]
+    if part.draw_T is None:
+        rows_TD.addmm_(d_low, group.a_RD)
+        return
+    keep = keep_mask(part.draw_T, group.salt, rows_TD.shape[-1], group.dropout)
+    rows_TD.addcmul_(d_low @ group.a_RD, keep.to(rows_TD.dtype), value=1.0 / (1.0 - group.dropout))
+
+
+def _dropped(x_TD: Tensor, part: LoraPart) -> Tensor:
+    x = x_TD[part.start : part.stop]
+    return x if part.draw_T is None else dropout(x, part.draw_T, part.group.salt, part.group.dropout)
+
+
+def _accumulate(buffer: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    """buffer += scale * left @ right, in fp32 whatever the operands are."""
+    if buffer.dtype == left.dtype:
+        buffer.addmm_(left, right, alpha=scale)
+    else:
+        buffer.add_(left @ right, alpha=scale)

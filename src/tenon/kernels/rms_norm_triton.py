@@ -1,0 +1,214 @@
+"""The Triton kernels of `rms_norm`: sum, low-rank term and norm in one launch, forward and backward.
+
+A program takes a few tokens through two passes over their features: the first makes the sums that the norm needs, the
+second the results; what the second reads again lies in the cache. Shape legend as in `rms_norm`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tenon.kernels.gpu import jit, tl
+from tenon.kernels.low_rank import Routes, Sum
+from tenon.kernels.low_rank_triton import FIELDS, TILE, input_block, member_block, padded_rank, tile_rows
+
+
+@jit
+def _rows(tiles_ptr, tokens, ROWS: tl.constexpr, ROUTED: tl.constexpr):
+    """(slot, rows, mask): of a tile where there are routes, else simply the next tokens."""
+    if ROUTED:
+        slot, rows, mask = tile_rows(tiles_ptr, ROWS, 64 // ROWS)
+    else:
+        slot = -1
+        rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        mask = rows < tokens
+    return slot, rows, mask
+
+
+@jit
+def _add_norm_kernel(
+    x_ptr,
+    y_ptr,
+    n_ptr,
+    weight_ptr,
+    low_ptr,
+    low_stride,
+    tiles_ptr,
+    table_ptr,
+    tokens,
+    width,
+    eps,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+    UPDATE: tl.constexpr,
+    ROUTED: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    slot, rows, row_mask = _rows(tiles_ptr, tokens, ROWS, ROUTED)
+    squares = tl.zeros((ROWS,), dtype=tl.float32)
+    for start in range(0, width, COLUMNS):
+        d = start + tl.arange(0, COLUMNS)
+        at = rows[:, None] * width + d[None, :]
+        mask = row_mask[:, None] & (d < width)[None, :]
+        x = tl.load(x_ptr + at, mask=mask, other=0.0)
+        if UPDATE:
+            total = x.to(tl.float32) + tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            if ROUTED:
+                if slot >= 0:
+                    site = table_ptr + slot * FIELDS
+                    total += member_block(low_ptr, low_stride, rows, row_mask, site, 0, d, d < width, RANK)
+            x = total.to(x.dtype)
+            tl.store(y_ptr + at, x, mask=mask)
+        wide = x.to(tl.float32)
+        squares += tl.sum(wide * wide, axis=1)
+    inverse = 1.0 / tl.sqrt(squares / width + eps)
+    source_ptr = x_ptr
+    if UPDATE:
+        # The second pass reads what other threads of the program wrote in the first.
+        tl.debug_barrier()
+        source_ptr = y_ptr
+    for start in range(0, width, COLUMNS):
+        d = start + tl.arange(0, COLUMNS)
+        at = rows[:, None] * width + d[None, :]
+        mask = row_mask[:, None] & (d < width)[None, :]
+        x = tl.load(source_ptr + at, mask=mask, other=0.0)
+        gain = tl.load(weight_ptr + d, mask=d < width, other=0.0)
+        normed = (x.to(tl.float32) * inverse[:, None]).to(x.dtype)
+        tl.store(n_ptr + at, (normed.to(tl.float32) * gain.to(tl.float32)[None, :]).to(x.dtype), mask=mask)
+
+
+@jit
+def _add_norm_backward_kernel(
+    dn_ptr,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    dx_ptr,
+    n_ptr,
+    low_ptr,
+    low_stride,
+    tiles_ptr,
+    table_ptr,
+    draw_ptr,
+    tokens,
+    width,
+    eps,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+    ROUTED: tl.constexpr,
+    DROP: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    slot, rows, row_mask = _rows(tiles_ptr, tokens, ROWS, ROUTED)
+    squares = tl.zeros((ROWS,), dtype=tl.float32)
+    products = tl.zeros((ROWS,), dtype=tl.float32)
+    for start in range(0, width, COLUMNS):
+        d = start + tl.arange(0, COLUMNS)
+        at = rows[:, None] * width + d[None, :]
+        mask = row_mask[:, None] & (d < width)[None, :]
+        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        dn = tl.load(dn_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if ROUTED:
+            if slot >= 0:
+                site = table_ptr + slot * FIELDS
+                dn += input_block(low_ptr, low_stride, rows, row_mask, site, d, width, draw_ptr, RANK, DROP)
+            tl.store(dn_ptr + at, dn.to(dn_ptr.dtype.element_ty), mask=mask)
+        gain = tl.load(weight_ptr + d, mask=d < width, other=0.0).to(tl.float32)
+        squares += tl.sum(x * x, axis=1)
+        products += tl.sum(dn * gain[None, :] * x, axis=1)
+    inverse = 1.0 / tl.sqrt(squares / width + eps)
+    pull = products / width * inverse * inverse
+    if ROUTED:
+        tl.debug_barrier()
+    for start in range(0, width, COLUMNS):
+        d = start + tl.arange(0, COLUMNS)
+        at = rows[:, None] * width + d[None, :]
+        mask = row_mask[:, None] & (d < width)[None, :]
+        x = tl.load(x_ptr + at, mask=mask, other=0.0)
+        dn = tl.load(dn_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        gain = tl.load(weight_ptr + d, mask=d < width, other=0.0).to(tl.float32)
+        residual = tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        wide = x.to(tl.float32)
+        dx = residual + inverse[:, None] * (dn * gain[None, :] - wide * pull[:, None])
+        tl.store(dx_ptr + at, dx.to(x.dtype), mask=mask)
+        normed = (wide * inverse[:, None]).to(x.dtype).to(tl.float32)
+        tl.store(n_ptr + at, (normed * gain[None, :]).to(x.dtype), mask=mask)
+
+
+_ROWS = 16
+_COLUMNS = 256
+
+
+def _grid(routes: Routes | None, tokens: int) -> tuple[int]:
+    return (-(-tokens // _ROWS) if routes is None else routes.tiles_N3.shape[0] * (TILE // _ROWS),)
+
+
+def add_norm(x_TD: Tensor, update: Sum | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `rms_norm.add_norm`."""
+    addend = None if update is None else update.addend
+    routes = None if addend is None else addend.low.routes
+    n_TD = torch.empty_like(x_TD)
+    y_TD = x_TD if update is None else update.y_TO
+    low_TW = y_TD if addend is None else addend.low_TW
+    _add_norm_kernel[_grid(routes, x_TD.shape[0])](
+        x_TD,
+        y_TD,
+        n_TD,
+        weight_D,
+        low_TW,
+        low_TW.stride(0),
+        x_TD if routes is None else routes.tiles_N3,
+        x_TD if addend is None else addend.low.table_SF,
+        x_TD.shape[0],
+        x_TD.shape[1],
+        eps,
+        ROWS=_ROWS,
+        COLUMNS=_COLUMNS,
+        RANK=16 if addend is None else padded_rank(addend.low.rank),
+        UPDATE=update is not None,
+        ROUTED=routes is not None,
+        FIELDS=FIELDS,
+        num_warps=4,
+    )
+    if update is not None:
+        update.addend = None
+    return y_TD, n_TD
+
+
+def add_norm_backward(
+    dn: Sum, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """See `rms_norm.add_norm_backward`."""
+    addend = dn.addend
+    routes = None if addend is None else addend.low.routes
+    drop = routes is not None and routes.draw_T is not None
+    dx_TD, n_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
+    low_TW = dn.y_TO if addend is None else addend.low_TW
+    _add_norm_backward_kernel[_grid(routes, x_TD.shape[0])](
+        dn.y_TO,
+        x_TD,
+        residual_TD,
+        weight_D,
+        dx_TD,
+        n_TD,
+        low_TW,
+        low_TW.stride(0),
+        x_TD if routes is None else routes.tiles_N3,
+        x_TD if addend is None else addend.low.table_SF,
+        routes.draw_T if routes is not None and drop else x_TD,
+        x_TD.shape[0],
+        x_TD.shape[1],
+        eps,
+        ROWS=_ROWS,
+        COLUMNS=_COLUMNS,
+        RANK=16 if addend is None else padded_rank(addend.low.width),
+        ROUTED=routes is not None,
+        DROP=drop,
+        FIELDS=FIELDS,
+        num_warps=4,
+    )
+    dn.addend = None
+    return dx_TD, n_TD

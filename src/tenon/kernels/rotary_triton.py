@@ -1,0 +1,220 @@
+"""The Triton kernels of `rotary`: one head of a block of tokens a program. Shape legend as in `rotary`; half of a head
+is padded to a power of two.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tenon.kernels.gpu import ceil_div, jit, power_of_two, tl
+from tenon.kernels.low_rank import Sum
+from tenon.kernels.low_rank_triton import FIELDS, TILE, member_block, padded_rank, tile_rows
+
+if TYPE_CHECKING:
+    from tenon.kernels.rotary import HeadShape, Rotation
+
+
+@jit
+def _make_heads_kernel(
+    qkv_ptr,
+    out_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    low_ptr,
+    low_stride,
+    tiles_ptr,
+    table_ptr,
+    tokens,
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANK: tl.constexpr,
+    ROUTED: tl.constexpr,
+    ROTATE: tl.constexpr,
+    NORM: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    if ROUTED:
+        slot, rows, row_mask = tile_rows(tiles_ptr, ROWS, 64 // ROWS)
+    else:
+        slot = -1
+        rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        row_mask = rows < tokens
+    head = tl.program_id(1)
+    member = tl.where(head < HEADS, 0, tl.where(head < HEADS + KV_HEADS, 1, 2))
+    first_head = tl.where(member == 0, 0, tl.where(member == 1, HEADS, HEADS + KV_HEADS))
+    e = tl.arange(0, HALF)
+    inside = e < SIZE // 2
+    mask = row_mask[:, None] & inside[None, :]
+    at = rows[:, None] * ((HEADS + 2 * KV_HEADS) * SIZE) + head * SIZE + e[None, :]
+    first = tl.load(qkv_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(qkv_ptr + at + SIZE // 2, mask=mask, other=0.0).to(tl.float32)
+    element = qkv_ptr.dtype.element_ty
+    if ROUTED:
+        if slot >= 0:
+            site = table_ptr + slot * FIELDS
+            o = (head - first_head) * SIZE + e
+            first += member_block(low_ptr, low_stride, rows, row_mask, site, member, o, inside, RANK)
+            second += member_block(low_ptr, low_stride, rows, row_mask, site, member, o + SIZE // 2, inside, RANK)
+        first, second = first.to(element).to(tl.float32), second.to(element).to(tl.float32)
+    if NORM:
+        if ROUTED:
+            tl.store(qkv_ptr + at, first.to(element), mask=mask)
+            tl.store(qkv_ptr + at + SIZE // 2, second.to(element), mask=mask)
+        if member < 2:
+            norm_ptr = tl.where(member == 0, q_norm_ptr, k_norm_ptr)
+            inverse = 1.0 / tl.sqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / SIZE + eps)
+            gain_1 = tl.load(norm_ptr + e, mask=inside, other=0.0).to(tl.float32)
+            gain_2 = tl.load(norm_ptr + e + SIZE // 2, mask=inside, other=0.0).to(tl.float32)
+            first = (first * inverse[:, None]).to(element).to(tl.float32) * gain_1[None, :]
+            second = (second * inverse[:, None]).to(element).to(tl.float32) * gain_2[None, :]
+    if ROTATE:
+        if member < 2:
+            turn = rows[:, None] * SIZE + e[None, :]
+            cos = tl.load(cos_ptr + turn, mask=mask, other=0.0).to(tl.float32)
+            sin = tl.load(sin_ptr + turn, mask=mask, other=0.0).to(tl.float32)
+            turned = first * cos - second * sin
+            second = second * cos + first * sin
+            first = turned
+    tl.store(out_ptr + at, first.to(element), mask=mask)
+    tl.store(out_ptr + at + SIZE // 2, second.to(element), mask=mask)
+
+
+@jit
+def _make_heads_backward_kernel(
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    raw_ptr,
+    out_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    tokens,
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROTATE: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    row_mask = rows < tokens
+    head = tl.program_id(1)
+    e = tl.arange(0, HALF)
+    inside = e < SIZE // 2
+    mask = row_mask[:, None] & inside[None, :]
+    if head < HEADS:
+        source = dq_ptr + rows[:, None] * (HEADS * SIZE) + head * SIZE + e[None, :]
+        norm_ptr = q_norm_ptr
+    elif head < HEADS + KV_HEADS:
+        source = dk_ptr + rows[:, None] * (KV_HEADS * SIZE) + (head - HEADS) * SIZE + e[None, :]
+        norm_ptr = k_norm_ptr
+    else:
+        source = dv_ptr + rows[:, None] * (KV_HEADS * SIZE) + (head - HEADS - KV_HEADS) * SIZE + e[None, :]
+        norm_ptr = k_norm_ptr
+    first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(source + SIZE // 2, mask=mask, other=0.0).to(tl.float32)
+    at = rows[:, None] * ((HEADS + 2 * KV_HEADS) * SIZE) + head * SIZE + e[None, :]
+    if head < HEADS + KV_HEADS:
+        if ROTATE:
+            turn = rows[:, None] * SIZE + e[None, :]
+            cos = tl.load(cos_ptr + turn, mask=mask, other=0.0).to(tl.float32)
+            sin = tl.load(sin_ptr + turn, mask=mask, other=0.0).to(tl.float32)
+            turned = first * cos + second * sin
+            second = second * cos - first * sin
+            first = turned
+        if NORM:
+            x_1 = tl.load(raw_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            x_2 = tl.load(raw_ptr + at + SIZE // 2, mask=mask, other=0.0).to(tl.float32)
+            inverse = 1.0 / tl.sqrt((tl.sum(x_1 * x_1, 1) + tl.sum(x_2 * x_2, 1)) / SIZE + eps)
+            first = first * tl.load(norm_ptr + e, mask=inside, other=0.0).to(tl.float32)[None, :]
+            second = second * tl.load(norm_ptr + e + SIZE // 2, mask=inside, other=0.0).to(tl.float32)[None, :]
+            pull = (tl.sum(first * x_1, 1) + tl.sum(second * x_2, 1)) / SIZE * inverse * inverse
+            first = inverse[:, None] * (first - x_1 * pull[:, None])
+            second = inverse[:, None] * (second - x_2 * pull[:, None])
+    element = out_ptr.dtype.element_ty
+    tl.store(out_ptr + at, first.to(element), mask=mask)
+    tl.store(out_ptr + at + SIZE // 2, second.to(element), mask=mask)
+
+
+_ROWS = 32
+
+
+def make_heads(qkv: Sum, rotation: Rotation | None, shape: HeadShape) -> tuple[Tensor, Tensor | None]:
+    """(T, O) with norms and rotation done, and the tensor before the norms where there are any."""
+    qkv_TO, addend = qkv.y_TO, qkv.addend
+    normed = shape.q_norm_E is not None
+    out_TO = torch.empty_like(qkv_TO) if normed else qkv_TO
+    routes = None if addend is None else addend.low.routes
+    blocks = ceil_div(qkv_TO.shape[0], _ROWS) if routes is None else routes.tiles_N3.shape[0] * (TILE // _ROWS)
+    low_TW = qkv_TO if addend is None else addend.low_TW
+    _make_heads_kernel[(blocks, shape.heads + 2 * shape.kv_heads)](
+        qkv_TO,
+        out_TO,
+        qkv_TO if rotation is None else rotation.cos_TE,
+        qkv_TO if rotation is None else rotation.sin_TE,
+        qkv_TO if shape.q_norm_E is None else shape.q_norm_E,
+        qkv_TO if shape.k_norm_E is None else shape.k_norm_E,
+        low_TW,
+        low_TW.stride(0),
+        qkv_TO if routes is None else routes.tiles_N3,
+        qkv_TO if addend is None else addend.low.table_SF,
+        qkv_TO.shape[0],
+        shape.eps,
+        HEADS=shape.heads,
+        KV_HEADS=shape.kv_heads,
+        SIZE=shape.size,
+        HALF=power_of_two(shape.size // 2, least=16),
+        ROWS=_ROWS,
+        RANK=16 if addend is None else padded_rank(addend.low.rank),
+        ROUTED=routes is not None,
+        ROTATE=rotation is not None,
+        NORM=normed,
+        FIELDS=FIELDS,
+        num_warps=4,
+    )
+    qkv.addend = None
+    return out_TO, qkv_TO if normed else None
+
+
+def make_heads_backward(
+    grads: tuple[Tensor, Tensor, Tensor], raw_TO: Tensor | None, rotation: Rotation | None, shape: HeadShape
+) -> Tensor:
+    """See `rotary.make_heads_backward`."""
+    dq_THE, dk_TKE, dv_TKE = (grad.contiguous() for grad in grads)
+    tokens = dq_THE.shape[0]
+    out_TO = dq_THE.new_empty(tokens, (shape.heads + 2 * shape.kv_heads) * shape.size)
+    _make_heads_backward_kernel[(ceil_div(tokens, _ROWS), shape.heads + 2 * shape.kv_heads)](
+        dq_THE,
+        dk_TKE,
+        dv_TKE,
+        out_TO if raw_TO is None else raw_TO,
+        out_TO,
+        out_TO if rotation is None else rotation.cos_TE,
+        out_TO if rotation is None else rotation.sin_TE,
+        out_TO if shape.q_norm_E is None else shape.q_norm_E,
+        out_TO if shape.k_norm_E is None else shape.k_norm_E,
+        tokens,
+        shape.eps,
+        HEADS=shape.heads,
+        KV_HEADS=shape.kv_heads,
+        SIZE=shape.size,
+        HALF=power_of_two(shape.size // 2, least=16),
+        ROWS=_ROWS,
+        ROTATE=rotation is not None,
+        NORM=raw_TO is not None,
+        num_warps=4,
+    )
+    return out_TO

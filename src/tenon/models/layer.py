@@ -1,0 +1,215 @@
+"""One decoder layer, forward and backward written out: what it computes, what it keeps, what it computes again.
+
+    n = norm(x)       q, k, v = heads(W_qkv n)      a = attention(q, k, v)     x2 = x + W_o a
+    n2 = norm(x2)     g, u = W_gate_up n2           h = silu(g) u              x3 = x2 + W_down h
+
+Each W has the low-rank additions of the batch's slots beside it (see kernels.low_rank). The base is frozen, so the
+backward makes the gradient of x and adds the slots' gradients into their buffers; there is no graph. A sum that the
+next kernel can make while it reads is handed on unmade (`Sum`), across layers too.
+
+Shape legend: T tokens, D hidden, F feed-forward, O outputs of q, k and v together.
+This module does not know families, losses, or which layers keep what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import Tensor
+
+from tenon.kernels.low_rank import Addend, LowRank, Sum, add_gradient_a, add_gradient_b, project, project_back
+from tenon.kernels.rms_norm import add_norm, add_norm_backward
+from tenon.kernels.rotary import Heads, HeadShape, Rotation, make_heads, make_heads_backward
+from tenon.kernels.swiglu import swiglu, swiglu_backward
+from tenon.models.attention import Attention, AttentionTape
+from tenon.models.frozen import FrozenLinear
+
+
+class Keep(Enum):
+    """What a layer leaves behind for its backward pass, most memory first.
+
+    ALL: everything but the norms' outputs and h, which are made again at little cost. MOST: not gate and up, the widest
+    tensors; their product is computed again. INPUT: only x; the layer's forward pass is computed again. HOST: x alone,
+    in the host's memory.
+    """
+
+    ALL = "all"
+    MOST = "most"
+    INPUT = "input"
+    HOST = "host"
+
+
+@dataclass(slots=True)
+class Layer:
+    """The frozen weights of one decoder layer; q_norm and k_norm (E) only where the family has them."""
+
+    input_norm_D: Tensor
+    post_norm_D: Tensor
+    stacks: dict[str, FrozenLinear]
+    heads: HeadShape
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one layer needs of the batch. rotation None: the layer does not rotate. low: the slots' additions at a
+    stacked weight. fuse: whether fused kernels run.
+    """
+
+    index: int
+    rotation: Rotation | None
+    attention: Attention
+    low: Mapping[str, LowRank | None]
+    scale: float
+    window: int
+    eps: float
+    fuse: bool
+
+
+@dataclass(slots=True)
+class Stream:
+    """The residual stream between two layers: x, and an update that whoever reads it adds."""
+
+    x_TD: Tensor
+    update: Sum | None = None
+
+
+@dataclass(slots=True)
+class LayerTape:
+    """What one layer's forward pass left behind. x_TD may lie in the host's memory; the rest may be missing."""
+
+    x_TD: Tensor
+    heads: Heads | None = None
+    attention: AttentionTape | None = None
+    attended_TD: Tensor | None = None
+    x2_TD: Tensor | None = None
+    gate_up: Sum | None = None
+    lows: tuple[Tensor | None, ...] = (None, None, None, None)
+
+    def drop(self, keep: Keep) -> None:
+        """Let go of what is not to be kept."""
+        if keep is Keep.ALL:
+            return
+        self.gate_up = None
+        if keep is Keep.MOST:
+            return
+        self.heads, self.attention, self.attended_TD, self.x2_TD = None, None, None, None
+
+
+def forward(layer: Layer, stream: Stream, at: Pass, *, record: bool) -> tuple[Stream, LayerTape | None]:
+    """The stream after the layer, and what its backward pass needs when it is recorded."""
+    x_TD, n_TD = add_norm(stream.x_TD, stream.update, layer.input_norm_D, at.eps, fuse=at.fuse)
+    tape = LayerTape(x_TD)
+    _attend(layer, n_TD, tape, at, record=record)
+    assert tape.x2_TD is not None and tape.gate_up is not None
+    h_TF = swiglu(tape.gate_up, fuse=at.fuse)
+    low_down, down = project(h_TF, at.low["down"]), layer.stacks["down"].apply(h_TF)
+    tape.lows = (*tape.lows[:3], low_down)
+    after = Stream(tape.x2_TD, _sum(down, low_down, at.low["down"]))
+    return after, tape if record else None
+
+
+def _attend(layer: Layer, n_TD: Tensor, tape: LayerTape, at: Pass, *, record: bool) -> None:
+    """From the normed input to gate and up, onto the tape."""
+    low_qkv, low_o = at.low["qkv"], at.low["o"]
+    projected = project(n_TD, low_qkv)
+    qkv = _sum(layer.stacks["qkv"].apply(n_TD), projected, low_qkv)
+    heads = make_heads(qkv, at.rotation, layer.heads, fuse=at.fuse)
+    attended_THE, attention = at.attention.attend(
+        at.index, heads.q_THE, heads.k_TKE, heads.v_TKE, scale=at.scale, window=at.window, record=record
+    )
+    attended_TD = attended_THE.flatten(1)
+    low_attended = project(attended_TD, low_o)
+    out = _sum(layer.stacks["o"].apply(attended_TD), low_attended, low_o)
+    tape.heads, tape.attention, tape.attended_TD = heads, attention, attended_TD
+    tape.x2_TD, n2_TD = add_norm(tape.x_TD, out, layer.post_norm_D, at.eps, fuse=at.fuse)
+    tape.lows = (projected, low_attended, None, None)
+    _gate_up(layer, n2_TD, tape, at)
+
+
+def _gate_up(layer: Layer, n2_TD: Tensor, tape: LayerTape, at: Pass) -> None:
+    low = at.low["gate_up"]
+    projected = project(n2_TD, low)
+    tape.gate_up = _sum(layer.stacks["gate_up"].apply(n2_TD), projected, low)
+    tape.lows = (*tape.lows[:2], projected, tape.lows[3])
+
+
+def _sum(y_TO: Tensor, low_TW: Tensor | None, low: LowRank | None) -> Sum:
+    return Sum(y_TO, None if low_TW is None or low is None else Addend(low_TW, low, back=False))
+
+
+def rebuild(layer: Layer, tape: LayerTape, at: Pass) -> None:
+    """Compute again what the tape lacks; the same kernels on the same inputs give the same bits."""
+    if tape.x2_TD is None:
+        _, n_TD = add_norm(tape.x_TD, None, layer.input_norm_D, at.eps, fuse=at.fuse)
+        low_down = tape.lows[3]
+        _attend(layer, n_TD, tape, at, record=True)
+        tape.lows = (*tape.lows[:3], low_down)
+    elif tape.gate_up is None:
+        _, n2_TD = add_norm(tape.x2_TD, None, layer.post_norm_D, at.eps, fuse=at.fuse)
+        _gate_up(layer, n2_TD, tape, at)
+
+
+def backward(layer: Layer, dx_TD: Tensor, tape: LayerTape, at: Pass, *, needs_input: bool) -> Tensor | None:
+    """The gradient of the layer's input, from that of its output; the slots' gradients are added into their buffers.
+
+    needs_input False: nothing below is trained, None comes back. The tape is used up.
+    """
+    rebuild(layer, tape, at)
+    low_qkv, low_o, low_gate_up, low_down = tape.lows
+    assert tape.heads is not None and tape.attention is not None and tape.gate_up is not None
+    assert tape.attended_TD is not None and tape.x2_TD is not None
+
+    dh, d_low = _back(layer, "down", dx_TD, low_down, at)
+    d_gate_up, h_TF = swiglu_backward(dh, tape.gate_up, fuse=at.fuse)
+    tape.gate_up = None
+    _add_a(h_TF, d_low, at.low["down"])
+    del dh, h_TF
+
+    dn2, d_low = _back(layer, "gate_up", d_gate_up, low_gate_up, at)
+    del d_gate_up
+    dx2_TD, n2_TD = add_norm_backward(dn2, tape.x2_TD, dx_TD, layer.post_norm_D, at.eps, fuse=at.fuse)
+    _add_a(n2_TD, d_low, at.low["gate_up"])
+    del dn2, n2_TD
+
+    da, d_low = _back(layer, "o", dx2_TD, low_o, at)
+    _add_a(tape.attended_TD, d_low, at.low["o"])
+    dq, dk, dv = tape.attention.backward(da.settled().view(tape.heads.q_THE.shape))
+    d_qkv = make_heads_backward(dq, dk, dv, tape.heads, at.rotation, layer.heads, fuse=at.fuse)
+    tape.heads, tape.attention, tape.attended_TD, tape.x2_TD = None, None, None, None
+    del da, dq, dk, dv
+
+    if not needs_input:
+        _lowest(layer, d_qkv, low_qkv, tape.x_TD, at)
+        return None
+    dn, d_low = _back(layer, "qkv", d_qkv, low_qkv, at)
+    dx_TD, n_TD = add_norm_backward(dn, tape.x_TD, dx2_TD, layer.input_norm_D, at.eps, fuse=at.fuse)
+    _add_a(n_TD, d_low, at.low["qkv"])
+    return dx_TD
+
+
+def _back(layer: Layer, stack: str, dy_TO: Tensor, low_TW: Tensor | None, at: Pass) -> tuple[Sum, Tensor | None]:
+    """(the gradient of the stacked weight's input, d_low); B's gradient is added."""
+    low = at.low[stack]
+    if low is None or low_TW is None:
+        return Sum(layer.stacks[stack].apply_transposed(dy_TO), None), None
+    d_low_TW = project_back(dy_TO, low)
+    add_gradient_b(dy_TO, low_TW, low)
+    return Sum(layer.stacks[stack].apply_transposed(dy_TO), Addend(d_low_TW, low, back=True)), d_low_TW
+
+
+def _add_a(x_TD: Tensor, d_low_TW: Tensor | None, low: LowRank | None) -> None:
+    if d_low_TW is not None and low is not None:
+        add_gradient_a(x_TD, d_low_TW, low)
+
+
+def _lowest(layer: Layer, d_qkv_TO: Tensor, low_TW: Tensor | None, x_TD: Tensor, at: Pass) -> None:
+    """The slots' gradients at q, k and v of the lowest trained layer, without the gradient of its input."""
+    low = at.low["qkv"]
+    if low is None or low_TW is None:
+        return
+    d_low_TW = project_back(d_qkv_TO, low)
+    add_gradient_b(d_qkv_TO, low_TW, low)
+    _, n_TD = add_norm(x_TD, None, layer.input_norm_D, at.eps, fuse=at.fuse)
+    add_gradient_a(n_TD, d_low_TW, low)
