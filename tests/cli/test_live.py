@@ -109,6 +109,32 @@ def test_the_live_view_draws_a_bar_and_ends_with_a_line() -> None:
     assert "step 20/40, loss 1.5000" in text.rstrip().splitlines()[-1]
 
 
+GPU = {
+    "t": 5.0, "kind": "gpu", "gpu": 0, "utilisation_percent": 97.0, "memory_used_bytes": 45_000_000_000,
+    "power_watts": 412.3, "temperature_celsius": 61.0, "sm_clock_mhz": 1755.0, "throttled": "power cap",
+}  # fmt: skip
+
+
+def test_the_gpus_are_part_of_a_plain_line_but_no_reason_for_one() -> None:
+    view, file, now = plain()
+    view.take(step(1))
+    now[0] = 60.0
+    view.take(GPU)
+    assert len(file.getvalue().splitlines()) == 1
+    view.take(step(2))
+    assert file.getvalue().splitlines()[-1].endswith("2.0 GB memory, GPU 97% busy")
+
+
+def test_the_live_view_has_a_line_for_the_gpus() -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=120, color_system=None)
+    with LiveView(console) as view:
+        view.take(step(1))
+        view.take(GPU)
+        view.take({**GPU, "gpu": 1, "utilisation_percent": 91.0})
+    assert "2 GPUs 91% to 97% busy, 90.0 GB, 825 W, 61 °C, 1,755 MHz, held back by power cap" in file.getvalue()
+
+
 def test_sparklines() -> None:
     assert sparkline([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], 8) == "▁▂▃▄▅▆▇█"
     assert sparkline([5.0, math.nan, 5.0], 8) == "▁▁"

@@ -120,6 +120,16 @@ def test_p27_a_fault_of_the_worker_is_one_message_and_a_log(tenon: Command, work
     assert "Traceback" in log.read_text()
 
 
+def test_a_gpu_that_is_lost_is_one_error_even_when_the_worker_hangs(tenon: Command, workplace: Path) -> None:
+    """The worker can only leave it in the run's events; the run stays, to be resumed."""
+    write_recipe(workplace, "loses-gpu")
+    done = tenon("train", "loses-gpu.yaml")
+    assert done.status == 1
+    assert "error[train-gpu-lost]: the GPU is gone" in done.err and "tenon resume" in done.err
+    assert "Traceback" not in done.err and "run-worker-failed" not in done.err
+    assert status(only_run(workplace)).state is RunState.FAILED
+
+
 def test_p24_ctrl_c_saves_and_exits_75(workplace: Path, fake_settings: Settings) -> None:
     write_recipe(workplace, "slow-run", steps=500)
     process = start(workplace, fake_settings, "train", "slow-run.yaml")

@@ -13,7 +13,7 @@ from tenon.errors import RunError, TenonError, TrainError
 from tenon.runs.events import Event, EventLog
 from tenon.runs.fake_nvml import FakeSensor, fake_sample
 from tenon.runs.nvml import GpuSample, GpuSensor
-from tenon.runs.telemetry import Cadence, GpuTelemetry, summarise
+from tenon.runs.telemetry import Cadence, GpuTelemetry, summarise, summarise_events
 from tenon.runs.utilisation import UtilisationWatch
 
 QUICK = Cadence(sample_seconds=0.005, event_seconds=0.02, grace_seconds=0.05)
@@ -85,7 +85,6 @@ def test_a_run_on_a_cpu_has_no_thread_and_no_events(log: EventLog) -> None:
 
 
 def test_the_warning_comes_once_a_cause(log: EventLog) -> None:
-    telemetry = telemetry_of(log, lambda: FakeSensor([fake_sample()]))
     watch = UtilisationWatch(micro_tokens=4096)
     telemetry = GpuTelemetry(lambda: FakeSensor([]), log, watch, on_stuck=lambda _error: None)
     for number in range(200):
@@ -154,6 +153,19 @@ def test_several_gpus_and_gaps() -> None:
         "temperature_celsius": 70.0, "sm_clock_mhz": 1600.0, "throttled": "power cap, sync boost",
     }  # fmt: skip
     assert second["gpu"] == 1 and second["utilisation_percent"] is None and second["throttled"] == ""
+
+
+def test_the_events_of_a_run_come_to_one_summary_a_gpu_of_the_time_in_which_it_took_steps() -> None:
+    def gpu(percent: float, reasons: str = "") -> Event:
+        return {"t": 1.0, "kind": "gpu", "gpu": 0, "utilisation_percent": percent, "throttled": reasons}
+
+    step: Event = {"t": 1.0, "kind": "step"}
+    checkpoint: Event = {"t": 1.0, "kind": "checkpoint"}
+    events = [gpu(0.0), step, gpu(90.0, "power cap, sync boost"), checkpoint, step, gpu(100.0), gpu(10.0), gpu(0.0)]
+    (summary,) = summarise_events(events)
+    assert summary["utilisation_percent"] == 95.0 and summary["throttled"] == "power cap, sync boost"
+    assert summary["power_watts"] is None
+    assert summarise_events([gpu(1.0)]) == summarise_events([step]) == []
 
 
 def test_many_threads_may_write_one_log(log: EventLog) -> None:

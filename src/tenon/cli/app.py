@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tenon.cli import adapters, chat, data, judge, plans, runs, train
+from tenon.cli import adapters, chat, data, doctor, judge, plans, runs, train
 
 app = typer.Typer(
     name="tenon",
@@ -45,6 +45,7 @@ def _global_options(
 
 app.command("plan")(plans.plan)
 app.add_typer(plans.recipe_app, name="recipe")
+app.command("doctor")(doctor.doctor)
 app.command("data")(data.data)
 app.command("train")(train.train)
 app.command("resume")(train.resume)

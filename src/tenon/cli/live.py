@@ -18,6 +18,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from tenon.cli.gpu_view import gpu_busy, gpu_text
 from tenon.cli.progress_state import Event, SlotState, WorkState, sparkline
 from tenon.units import format_bytes, format_rate, format_seconds
 
@@ -26,6 +27,9 @@ PLAIN_EVERY_SECONDS = 10.0
 # What the phases of the pipeline are called on screen; others are shown by their own name.
 _PHASES = {
     "starting": "starting the worker",
+    "disk": "measuring the disk",
+    "network": "trying the network",
+    "kernels": "trying out kernels",
     "plan": "planning",
     "data": "reading the data",
     "base": "loading the base",
@@ -92,6 +96,9 @@ class PlainView:
 
     def take(self, event: Event) -> None:
         """Show one event, if it is worth a line or time for one."""
+        if event["kind"] == "gpu":  # comes between two steps: no news of its own
+            self.state.take(event)
+            return
         if event["kind"] == "phase" and self.state.phase == "train":
             self._say_state()
         self.state.take(event)
@@ -161,6 +168,8 @@ class LiveView:
         if state.phase == "train":
             parts.append(_slots_table(state))
             parts.append(Text.assemble(("  ", ""), (_facts_line(state, elapsed), "dim")))
+            if gpu := gpu_text(state.gpus.values()):
+                parts.append(Text(f"  {gpu}", "dim"))
         elif state.total or state.what:
             parts.append(_progress_row(state, elapsed))
         return Group(*parts)
@@ -211,6 +220,7 @@ def _facts_line(state: WorkState, elapsed: str) -> str:
         format_rate(state.tokens_per_second, "tokens") if math.isfinite(state.tokens_per_second) else "",
         f"{format_seconds(math.ceil(state.seconds_left))} left" if math.isfinite(state.seconds_left) else "",
         f"{format_bytes(state.memory_bytes)} memory" if state.memory_bytes else "",
+        "" if elapsed else gpu_busy(state.gpus.values()),
         elapsed,
     ]
     return ", ".join(fact for fact in facts if fact)

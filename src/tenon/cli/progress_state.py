@@ -68,6 +68,7 @@ class WorkState:
     tokens_per_second: float = math.nan
     seconds_left: float = math.nan
     memory_bytes: int = 0
+    gpus: dict[int, Event] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def take(self, event: Event) -> None:
@@ -81,6 +82,8 @@ class WorkState:
             self.done, self.total = int(event.get("done") or 0), int(event.get("total") or 0)
         elif kind == "step":
             self._take_step(event)
+        elif kind == "gpu":
+            self.gpus[int(event.get("gpu") or 0)] = event
         elif kind == "validation":
             note = f"step {event.get('step')}: {metrics_text(event)}"
             self.slot(str(event.get("slot", ""))).validation = note

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tenon.cli.gpu_view import gpu_text
 from tenon.cli.progress_state import metrics_text, sparkline
 from tenon.cli.result_view import show_results
 from tenon.cli.run_list_view import STATE_STYLES, run_note, status_tree
@@ -45,6 +46,8 @@ def show_run(console: Console, report: RunReport) -> None:
             console.print(Text.assemble((f"  loss of {slot}: ", "dim"), curve, f" {ends}"))
         for event in report.validations[slot][-3:]:
             console.print(Text(f"  validation, step {event.get('step')}: {metrics_text(event)}", "dim"))
+    if gpu := gpu_text(report.gpus):
+        console.print(Text(f"  {gpu}", "dim"), soft_wrap=True)
     for warning in report.warnings[-5:]:
         console.print(Text.assemble(("  warning: ", "yellow"), warning), soft_wrap=True)
     _show_pairs(console, report)
@@ -111,6 +114,7 @@ def report_tree(report: RunReport) -> dict[str, Any]:
         "validations": report.validations,
         "registered": list(report.registered),
         "warnings_text": list(report.warnings),
+        "gpus": list(report.gpus),
         "planned": estimate.model_dump(mode="json"),
         "actual": dataclasses.asdict(report.actual),
         "results": [result.model_dump(mode="json", exclude={"examples"}) for result in read_results(report.run)],

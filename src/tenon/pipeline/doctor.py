@@ -24,7 +24,16 @@ def examine(request: CheckRequest, emit: Emit, settings: Settings) -> None:
     for place, check in enumerate(checks):
         if check_key(check) in request.done:
             continue
-        emit("progress", what=check.name, done=place, total=len(checks), key=check_key(check))
+        emit(
+            "progress",
+            what=check.name,
+            done=place,
+            total=len(checks),
+            key=check_key(check),
+            device=check.needs,
+            bound=check.bound,
+            instead=check.instead,
+        )
         if check.needs == "cuda" and not on_gpu:
             _tell(emit, check, "absent")
             continue

@@ -78,9 +78,9 @@ class InspectRequest(Value):
 class CheckRequest(Value):
     """Run every kernel check but those in `done` (their keys): a kernel that ends its worker is not run again.
 
-    Events: `machine` {machine: MachineRecord as JSON}; per check `progress` {what, done, total, key}, then `check`
-    {key, name, device, state: works | wrong | fails | absent, error, bound, text, instead, seconds}. Without `finished`
-    at the end the rest has to be asked of another worker.
+    Events: `machine` {machine: MachineRecord as JSON}; per check `progress` {what, done, total, key, device, bound,
+    instead}, then `check` {key, name, device, state: works | wrong | fails | absent, error, bound, text, instead,
+    seconds}. Without `finished` at the end the rest has to be asked of another worker.
     """
 
     done: tuple[str, ...] = ()

@@ -7,9 +7,10 @@ hangs instead, `on_stuck` is called. This module does not know what NVML is (run
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -127,6 +128,16 @@ class GpuTelemetry:
                 return
 
 
+def end_as_failed(log: EventLog, error: TenonError) -> None:
+    """End the process from another thread: the loop waits in the driver for a GPU that will not answer.
+
+    Checkpoints are complete or absent at any instant, so nothing is lost. The light side reads the event.
+    """
+    log.emit("failed", code=error.code, text=error.what, got=error.got, hint=error.hint)
+    log.sync()
+    os._exit(error.exit_status)
+
+
 def summarise(gathered: Sequence[Sequence[GpuSample]]) -> list[dict[str, Scalar]]:
     """The fields of one `gpu` event for each GPU: means of utilisation, power and clock; the most of the rest."""
     by_gpu: dict[int, list[GpuSample]] = {}
@@ -147,6 +158,34 @@ def summarise(gathered: Sequence[Sequence[GpuSample]]) -> list[dict[str, Scalar]
         }
         for gpu, samples in by_gpu.items()
     ]
+
+
+def summarise_events(events: Iterable[Event]) -> list[dict[str, Scalar]]:
+    """What the `gpu` events of a run came to while it took steps, one summary a GPU, fields as in the events."""
+    kept = [event for event in events if event["kind"] in ("gpu", "step")]
+    steps = [place for place, event in enumerate(kept) if event["kind"] == "step"]
+    if not steps:
+        return []
+    during = [event for event in kept[steps[0] : steps[-1] + 2] if event["kind"] == "gpu"]
+    return summarise([[_sample_of(event) for event in during]])
+
+
+def _sample_of(event: Event) -> GpuSample:
+    memory = _told(event, "memory_used_bytes")
+    return GpuSample(
+        gpu=int(_told(event, "gpu") or 0),
+        utilisation_percent=_told(event, "utilisation_percent"),
+        memory_used_bytes=None if memory is None else int(memory),
+        power_watts=_told(event, "power_watts"),
+        temperature_celsius=_told(event, "temperature_celsius"),
+        sm_clock_mhz=_told(event, "sm_clock_mhz"),
+        throttled=tuple(name for name in str(event.get("throttled") or "").split(", ") if name),
+    )
+
+
+def _told(event: Event, key: str) -> float | None:
+    value = event.get(key)
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

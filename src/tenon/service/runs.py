@@ -16,6 +16,7 @@ from tenon.runs.events import Event, curve
 from tenon.runs.folder import RunFolder
 from tenon.runs.results import Result
 from tenon.runs.status import RunStatus, status
+from tenon.runs.telemetry import summarise_events
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,10 @@ class Actual:
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """A run at a glance: its plan, state, curves by slot, validations by slot, figures against the plan, results."""
+    """A run at a glance: its plan, state, curves by slot, validations by slot, figures against the plan, results.
+
+    gpus: a summary of each GPU's telemetry, with the fields of a `gpu` event.
+    """
 
     run: RunFolder
     plan: Plan
@@ -40,6 +44,7 @@ class RunReport:
     actual: Actual
     registered: tuple[str, ...]
     warnings: tuple[str, ...]
+    gpus: tuple[Event, ...]
 
 
 def read_plan(run: RunFolder) -> Plan:
@@ -69,6 +74,7 @@ def describe_run(run: RunFolder) -> RunReport:
         actual=measure_actual(events),
         registered=tuple(f"{event['name']}@{event['version']}" for event in events if event["kind"] == "registered"),
         warnings=tuple(str(event.get("text")) for event in events if event["kind"] == "warning"),
+        gpus=tuple(summarise_events(events)),
     )
 
 

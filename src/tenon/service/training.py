@@ -19,11 +19,11 @@ from tenon.runs.events import follow_events
 from tenon.runs.folder import RunFolder
 from tenon.runs.status import RunState, status
 from tenon.service.environment import require_training
-from tenon.service.worker_process import Event, Worker, start_worker
+from tenon.service.worker_process import Event, Worker, revive_error, start_worker
 from tenon.settings import Settings
 
 POLL_SECONDS = 0.1
-_KEEPS_RUN = ("run-worker-", "run-disk-full", "run-busy")
+_KEEPS_RUN = ("run-worker-", "run-disk-full", "run-busy", "train-gpu-lost")
 
 
 class Training:
@@ -44,7 +44,21 @@ class Training:
 
     def finish(self) -> None:
         """Wait for the end. Raises what the worker raised; StopRequestedError when the run was stopped and saved."""
-        self.worker.finish()
+        try:
+            self.worker.finish()
+        except RunError as error:
+            told = self._last_words() if error.code == "run-worker-failed" else None
+            if told is None:
+                raise
+            raise told from error
+
+    def _last_words(self) -> TenonError | None:
+        """The error that this life of the run left in its events when the worker could not tell it any more."""
+        told: TenonError | None = None
+        for event in self.run.events.read():
+            if event["kind"] == "failed" and float(event["t"] or 0.0) >= self._started and event.get("hint"):
+                told = revive_error({**event, "what": event.get("text")})
+        return told
 
 
 def create_run(plan: Plan, recipe_texts: Mapping[str, str]) -> RunFolder:

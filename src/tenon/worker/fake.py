@@ -2,7 +2,8 @@
 
 `TENON_WORKER=tenon.worker.fake` puts it in the place of the real one. It keeps to the same protocol, run folder and
 events. What it does follows from the name of the run's first slot: one that begins with `fails` ends with a TrainError,
-`crashes` with an exception that nobody expects, `slow` takes its time. Its answers echo the last message.
+`crashes` with an exception that nobody expects, `loses` ends as when a lost GPU keeps it hanging, `slow` takes its
+time. Its answers echo the last message.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from tenon.plan.requests import (
 from tenon.plan.values import Plan, SlotPlan
 from tenon.runs.folder import RunFolder
 from tenon.runs.machine import MachineRecord
+from tenon.runs.nvml import gpu_lost
 from tenon.runs.results import Example, Metric, Result
+from tenon.runs.telemetry import end_as_failed
 from tenon.settings import Settings
 from tenon.worker.loop import Emit, work
 
@@ -86,7 +89,8 @@ class FakePipeline:
         emit("machine", machine=_MACHINE.model_dump(mode="json"))
         for key, fields in _CHECKS.items():
             if key not in request.done:
-                emit("progress", what=fields["name"], done=0, total=len(_CHECKS), key=key)
+                told = {name: fields[name] for name in ("device", "bound", "instead")}
+                emit("progress", what=fields["name"], done=0, total=len(_CHECKS), key=key, **told)
                 emit("check", key=key, **fields)
         emit("finished")
 
@@ -123,6 +127,8 @@ class _FakeTraining:
                     self._fail(step)
                 if step == 3 and name.startswith("crashes"):
                     raise RuntimeError("a fault of the fake worker, asked for by the slot's name")
+                if step == 3 and name.startswith("loses"):
+                    end_as_failed(self._run.events, gpu_lost("GPU is lost"))
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
