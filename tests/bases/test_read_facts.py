@@ -184,6 +184,13 @@ def test_ids_of_the_generation_config_win(tmp_path: Path) -> None:
     assert facts_of(tmp_path, {"model_type": "llama", "eos_token_id": None}).eos_ids == ()
 
 
+def test_what_the_files_keep_the_weights_in(tmp_path: Path) -> None:
+    tree = {"model_type": "llama", "num_key_value_heads": 2}
+    assert facts_of(tmp_path, tree).stored == facts_of(tmp_path, tree | {"quantization_config": None}).stored == "plain"
+    nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    assert facts_of(tmp_path, tree | {"quantization_config": nf4}).stored == "nf4"
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "gemma3", "qwen2_moe", "mixtral", None])
 def test_an_unknown_architecture_lists_what_works(model_type: str | None, tmp_path: Path) -> None:
     error = refused(tmp_path, {"model_type": model_type} if model_type else {})
@@ -197,6 +204,17 @@ def test_an_unknown_architecture_lists_what_works(model_type: str | None, tmp_pa
     ("tree", "key"),
     [
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "quantization_config"),
+        (
+            {
+                "quantization_config": {
+                    "quant_method": "bitsandbytes",
+                    "load_in_4bit": True,
+                    "bnb_4bit_quant_type": "fp4",
+                }
+            },
+            "quantization_config",
+        ),
         ({"auto_map": {"AutoModelForCausalLM": "code.Model"}}, "auto_map"),
         ({"num_local_experts": 8}, "num_local_experts"),
         ({"num_experts": 8}, "num_experts"),

@@ -67,8 +67,12 @@ H100 = MachineFacts(
     threads=16,
     bf16=True,
     free_disk_bytes=500 * GB,
+    capability=(9, 0),
 )
-T4 = H100.model_copy(update={"device_name": "Tesla T4", "device_memory_bytes": 15 * GB, "bf16": False})
+A100 = H100.model_copy(update={"device_name": "NVIDIA A100-SXM4-40GB", "capability": (8, 0)})
+T4 = H100.model_copy(
+    update={"device_name": "Tesla T4", "device_memory_bytes": 15 * GB, "bf16": False, "capability": (7, 5)}
+)
 SIZE = DataSize(rows=1000, mean_tokens=60.0, longest_tokens=120, exact=True)
 
 

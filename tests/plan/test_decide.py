@@ -141,7 +141,7 @@ def test_precision_follows_the_device(machine: MachineFacts, precision: str) -> 
 def test_bf16_on_a_cpu_is_allowed_and_said_to_be_slow() -> None:
     plan = plan_of("precision=bf16")
     assert plan.precision == "bf16"
-    assert "slower" in choice(plan, "precision").reason
+    assert "slower" in choice(plan, "precision.compute").reason
 
 
 def test_a_gpu_may_be_left_alone() -> None:
@@ -294,9 +294,10 @@ def test_p28_a_run_that_will_not_fit_is_refused_with_what_would_fit() -> None:
 
 
 def test_p28_an_8b_base_on_a_small_gpu() -> None:
-    error = refused(facts=LLAMA_8B, machine=T4)
+    error = refused("precision.base=same", facts=LLAMA_8B, machine=T4)
     assert error.code == "plan-memory"
     assert "base 16.1 GB" in error.got
+    assert "what would fit: precision.base=nf4" in error.hint
 
 
 def test_p23_room_for_checkpoints_is_checked_at_planning() -> None:

@@ -150,7 +150,7 @@ def test_p26_and_refused_with_any_other_value(key: str) -> None:
 def test_p26_unset_keys_of_other_tools_say_nothing() -> None:
     lines = "early_stopping_patience:\nlora_model_dir:\nwandb_project:\nfp16:\nbf16: auto\nmax_steps: -1\n"
     loaded = parse(SMALL + lines)
-    assert {given.key for given in loaded.given} == {"base", "data.train", "precision"}
+    assert {given.key for given in loaded.given} == {"base", "data.train", "precision.compute"}
 
 
 def test_p26_an_axolotl_file_without_its_data_list() -> None:
@@ -165,7 +165,8 @@ def test_p26_an_axolotl_file_without_its_data_list() -> None:
     recipe = loaded.recipe
     assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets) == (32, 16.0, "all")
     assert (recipe.batch.rows, recipe.optimizer.kind, recipe.schedule.warmup) == (8, "adamw8bit", 10.0)
-    assert (recipe.precision, recipe.checkpointing, recipe.data.heldout) == ("auto", "full", 0.05)
+    assert (recipe.precision.compute, recipe.precision.base) == ("auto", "same")
+    assert (recipe.checkpointing, recipe.data.heldout) == ("full", 0.05)
 
 
 @pytest.mark.parametrize(
@@ -222,12 +223,55 @@ def test_p26_one_factor_may_be_typed_and_the_other_stand_in_the_file() -> None:
         "eval_strategy: steps",
         "learning_rate: fast",
         "lora_target_linear: 1",
+        "load_in_8bit: true",
+        "load_in_4bit: true",
+        "load_in_4bit: 1",
+        "load_in_4bit: true\nuse_bnb_nested_quant: false",
+        "load_in_4bit: true\nuse_bnb_nested_quant: true\nbnb_4bit_quant_type: fp4",
+        "use_bnb_nested_quant: true",
+        "adapter: qlora\nload_in_4bit: false",
+        "quantization_bit: 8",
+        "quantization_bit: true",
+        "quantization_bit: 4\nquantization_method: hqq",
+        "quantization_bit: 4\ndouble_quantization: false",
     ],
 )
 def test_p26_values_without_an_exact_equal_are_refused(lines: str) -> None:
     error = refused(SMALL + lines + "\n")
     assert error.code == "recipe-alias-differs"
     assert "has no exact equal here: " in error.what
+
+
+@pytest.mark.parametrize(
+    ("lines", "base"),
+    [
+        ("adapter: qlora", "nf4"),
+        ("adapter: qlora\nload_in_4bit: true\nload_in_8bit: false", "nf4"),
+        ("load_in_4bit: true\nuse_bnb_nested_quant: true", "nf4"),
+        ("load_in_4bit: true\nbnb_4bit_use_double_quant: true\nbnb_4bit_quant_type: nf4", "nf4"),
+        ("quantization_bit: 4", "nf4"),
+        ("quantization_bit: 4\nquantization_method: bnb\nquantization_type: nf4\ndouble_quantization: true", "nf4"),
+        ("load_in_4bit: false", "same"),
+        ("adapter: lora\nload_in_8bit: false", "same"),
+        ("adapter: lora", None),
+    ],
+)
+def test_p26_a_quantised_base(lines: str, base: str | None) -> None:
+    loaded = parse(SMALL + lines + "\n")
+    assert loaded.recipe.precision.base == base
+    found = loaded.origin("precision.base")
+    assert (found is not None and ", as " in found.where) == (base is not None)
+
+
+def test_p26_of_a_quantised_base_one_key_may_be_typed() -> None:
+    loaded = parse(SMALL + "use_bnb_nested_quant: true\nload_in_4bit: false\nbf16: true\n", "load_in_4bit=true")
+    assert (loaded.recipe.precision.base, loaded.recipe.precision.compute) == ("nf4", "bf16")
+    assert (
+        parse(
+            SMALL + "load_in_4bit: false\nadapter: lora\n", "adapter=qlora", "load_in_4bit=true"
+        ).recipe.precision.base
+        == "nf4"
+    )
 
 
 def test_p26_strategies_that_repeat_their_steps_are_accepted() -> None:

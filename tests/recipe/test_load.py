@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tenon.errors import RecipeError
 from tenon.recipe.load import Loaded, load_recipe, parse_recipe
-from tenon.recipe.schema import Recipe, leaf_fields
+from tenon.recipe.schema import Recipe, full_key, leaf_fields
 from tenon.recipe.written import read_override
 
 SMALL = "base: smollm2-135m\ndata:\n  train: rows.jsonl\n"
@@ -48,6 +48,35 @@ def test_sources_are_paths_or_mappings() -> None:
     first, second = loaded.recipe.data.train
     assert (first.path, first.weight, first.format) == ("a.jsonl", 1.0, "auto")
     assert (second.path, second.weight, second.columns) == ("b.csv", 0.5, {"text": "body"})
+
+
+@pytest.mark.parametrize(
+    ("word", "base", "compute"),
+    [
+        ("bf16", None, "bf16"),
+        ("auto", None, "auto"),
+        ("nf4", "nf4", None),
+        ("fp8", "fp8", None),
+        ("same", "same", None),
+    ],
+)
+def test_one_word_may_stand_for_the_precision(word: str, base: str | None, compute: str | None) -> None:
+    for loaded in (parse(SMALL + f"precision: {word}\n"), parse(SMALL, f"precision={word}")):
+        assert (loaded.recipe.precision.base, loaded.recipe.precision.compute) == (base, compute)
+    whole = parse(SMALL + "precision: {base: int8, compute: fp32}\n", f"precision={word}").recipe.precision
+    assert (whole.base, whole.compute) == (base or "int8", compute or "fp32")
+
+
+def test_a_word_and_the_key_that_it_stands_for_are_one_key_twice() -> None:
+    assert refused(SMALL + "precision: bf16\nprecision.compute: fp32\n").code == "recipe-duplicate-key"
+    assert refused(SMALL, "precision=nf4", "precision.base=fp8").code == "recipe-duplicate-key"
+    assert parse(SMALL + "precision: bf16\n", "precision=null").recipe.precision.compute is None
+
+
+def test_a_wrong_precision_names_the_right_ones() -> None:
+    error = refused(SMALL + "precision: bf15\n")
+    assert error.code == "recipe-bad-value" and "bf16" in error.hint
+    assert refused(SMALL + "precision: {products: fp8}\n").code == "recipe-inapplicable"
 
 
 def test_values_remember_who_wrote_them() -> None:
@@ -101,20 +130,20 @@ def test_dotted_keys_and_empty_sections_are_fine() -> None:
     ],
 )
 def test_overrides_are_yaml_scalars(text: str, value: object) -> None:
-    read = read_override(f"data.prompt={text}")
+    read = read_override(f"data.prompt={text}", full_key)
     assert (read.key, read.value, type(read.value)) == ("data.prompt", value, type(value))
 
 
 @given(st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.none()))
 def test_overrides_read_back_what_json_writes(value: object) -> None:
-    read = read_override(f"some.key = {json.dumps(value)}").value
+    read = read_override(f"some.key = {json.dumps(value)}", full_key).value
     assert read == value and type(read) is type(value)
 
 
 @given(st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Zl", "Zp"])))
 def test_overrides_read_back_quoted_text(text: str) -> None:
     quoted = "'" + text.replace("'", "''") + "'"
-    assert read_override(f"data.system={quoted}").value == text
+    assert read_override(f"data.system={quoted}", full_key).value == text
 
 
 SETTINGS = st.fixed_dictionaries(

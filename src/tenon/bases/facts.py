@@ -52,6 +52,7 @@ class ModelFacts(Value):
     rotary_layers: per layer, whether positions rotate (SmolLM3 leaves some layers without).
     window_layers: per layer, the sliding-window length in tokens, or 0 for full attention.
     bos_id, eos_ids: from the generation config; eos_ids are the stop tokens that the model itself declares.
+    stored: what the files keep the linear layers in: `nf4` where bitsandbytes quantised them.
     """
 
     family: str
@@ -74,6 +75,7 @@ class ModelFacts(Value):
     window_layers: tuple[int, ...]
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    stored: Literal["plain", "nf4"] = "plain"
 
     def linear_shape(self, module: str) -> tuple[int, int]:
         """(out, in) features of one of the seven linear modules."""

@@ -7,6 +7,7 @@ no tensor.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from tenon.bases.config_reader import ConfigReader
 from tenon.bases.facts import ModelFacts
@@ -19,7 +20,6 @@ from tenon.errors import BaseModelError
 
 # Keys that, when they say anything but null, false, 0 or an empty list, change what the model computes.
 _REFUSED = {
-    "quantization_config": "weights that are quantised already are not read; use the unquantised base",
     "auto_map": "the base brings its own code, which Tenon does not run",
     "num_experts": "mixtures of experts are not done",
     "num_local_experts": "mixtures of experts are not done",
@@ -89,10 +89,23 @@ def folder_facts(folder: Path) -> ModelFacts:
         window_layers=_window_layers(config, family, rotary),
         bos_id=bos_id,
         eos_ids=eos_ids,
+        stored=_stored(config),
     )
     if facts.heads % facts.kv_heads or facts.head_dim % 2:
         raise config.wrong("num_key_value_heads", "a divisor of num_attention_heads, with an even head_dim")
     return facts
+
+
+def _stored(config: ConfigReader) -> Literal["plain", "nf4"]:
+    """Of weights that are quantised already, only bitsandbytes' nf4 is read."""
+    quantised = config.tree.get("quantization_config")
+    if not quantised:
+        return "plain"
+    if not isinstance(quantised, dict) or quantised.get("quant_method") != "bitsandbytes":
+        raise config.unsupported("quantization_config", "of quantised weights only bitsandbytes' nf4 is read")
+    if not quantised.get("load_in_4bit") or quantised.get("bnb_4bit_quant_type") != "nf4":
+        raise config.unsupported("quantization_config", "of bitsandbytes' formats only nf4 is read")
+    return "nf4"
 
 
 def _refuse_features(config: ConfigReader, family: Family) -> None:

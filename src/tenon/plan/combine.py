@@ -12,7 +12,7 @@ from pathlib import Path
 from tenon.errors import PlanError
 from tenon.plan.fit import check_disk, usable_bytes
 from tenon.plan.memory import Shape, memory_terms
-from tenon.plan.values import CheckpointPlan, Choice, Estimate, Plan
+from tenon.plan.values import CheckpointPlan, Choice, Estimate, Frozen, Plan
 from tenon.units import format_bytes
 
 
@@ -45,6 +45,7 @@ def combine(plans: Sequence[Plan]) -> Plan:
         update={
             "recompute": recompute,
             "micro_tokens": micro_tokens,
+            "fp8_twice": _frozen(plans).fp8_twice,
             "share_prefix": all(plan.share_prefix for plan in plans),
             "slots": slots,
             "checkpoint": checkpoint,
@@ -74,6 +75,7 @@ def _check_shared(first: Plan, other: Plan) -> None:
         ("base", first.base.base_hash, other.base.base_hash),
         ("device", first.machine.device, other.machine.device),
         ("precision", first.precision, other.precision),
+        ("precision.base", _base_words(first), _base_words(other)),
     ):
         if a != b:
             raise PlanError(
@@ -82,6 +84,15 @@ def _check_shared(first: Plan, other: Plan) -> None:
                 got=f"{a} and {b}",
                 hint=f"give both the same {what}, or train them one after the other",
             )
+
+
+def _base_words(plan: Plan) -> str:
+    return plan.base_format + (" in fp8 products" if plan.fp8_compute else "")
+
+
+def _frozen(plans: Sequence[Plan]) -> Frozen:
+    """What all share; an fp8 base is kept twice only where every plan has room for it."""
+    return plans[0].frozen.model_copy(update={"fp8_twice": all(plan.fp8_twice for plan in plans)})
 
 
 def _check_fits(plan: Plan) -> None:
@@ -101,7 +112,7 @@ def _estimate(plans: Sequence[Plan], *, micro_tokens: int, recompute: bool) -> E
     """The base counts once, adapters add up, and every slot's tokens go through the base."""
     first, estimates = plans[0], [plan.estimate for plan in plans]
     slots = [(slot.lora, slot.optimizer) for plan in plans for slot in plan.slots]
-    shape = Shape(first.machine.device, first.precision, micro_tokens, recompute)
+    shape = Shape(first.machine.device, first.precision, micro_tokens, recompute, _frozen(plans))
     trainable = sum(estimate.trainable_parameters for estimate in estimates)
     return Estimate(
         trainable_parameters=trainable,

@@ -13,6 +13,7 @@ from tenon.errors import PlanError
 from tenon.plan.choices import Choices
 from tenon.plan.fit import Fit, Load, check_disk, find_fit
 from tenon.plan.memory import adapter_parameters, checkpoint_bytes, trained_layers
+from tenon.plan.precision import base_formats, decide_compute, explain_base
 from tenon.plan.size import DataSize, count_steps, rows_per_step
 from tenon.plan.slots import (
     decide_batch,
@@ -35,6 +36,7 @@ from tenon.plan.values import (
     CheckpointPlan,
     DataPlan,
     Estimate,
+    Frozen,
     LimitsPlan,
     LoraPlan,
     MachineFacts,
@@ -83,7 +85,8 @@ def decide(loaded: Loaded, *, base: BasePlan, machine: MachineFacts, data_size: 
     name = slot_name(loaded, choices)
     seed = choices.default("seed", recipe.seed)
     machine = _device(loaded, choices, machine)
-    precision = _precision(loaded, choices, machine)
+    precision = decide_compute(loaded, choices, machine)
+    formats = base_formats(loaded, choices, base.facts, machine=machine, precision=precision)
     parts = Parts(
         lora=decide_lora(loaded, choices, base.facts),
         optimizer=decide_optimizer(loaded, choices, base.facts, machine),
@@ -91,7 +94,8 @@ def decide(loaded: Loaded, *, base: BasePlan, machine: MachineFacts, data_size: 
         batch=decide_batch(loaded, choices),
         limits=decide_limits(loaded, choices),
     )
-    work = _work(loaded, parts, base.facts, machine=machine, precision=precision, size=data_size)
+    work = _work(loaded, parts, base.facts, machine=machine, precision=precision, formats=formats, size=data_size)
+    explain_base(loaded, choices, work.fit.frozen, facts=base.facts, machine=machine)
     _explain_fit(loaded, choices, work.fit)
     slot = _slot(loaded, choices, parts, work, name=name, seed=seed)
     checkpoint = _checkpoint(loaded, choices, work)
@@ -102,6 +106,9 @@ def decide(loaded: Loaded, *, base: BasePlan, machine: MachineFacts, data_size: 
         base=base,
         machine=machine,
         precision=precision,
+        base_format=work.fit.frozen.format,
+        fp8_compute=work.fit.frozen.fp8_compute,
+        fp8_twice=work.fit.frozen.fp8_twice,
         recompute=work.fit.recompute,
         micro_tokens=work.fit.micro_tokens,
         share_prefix=_share_prefix(choices, parts.lora.dropout),
@@ -116,7 +123,14 @@ def decide(loaded: Loaded, *, base: BasePlan, machine: MachineFacts, data_size: 
 
 
 def _work(
-    loaded: Loaded, parts: Parts, facts: ModelFacts, *, machine: MachineFacts, precision: Precision, size: DataSize
+    loaded: Loaded,
+    parts: Parts,
+    facts: ModelFacts,
+    *,
+    machine: MachineFacts,
+    precision: Precision,
+    formats: tuple[Frozen, ...],
+    size: DataSize,
 ) -> Work:
     data, batch = parts.data, parts.batch
     rows = train_rows(data, size)
@@ -132,6 +146,7 @@ def _work(
             step_tokens=step_tokens,
             micro_tokens=loaded.recipe.batch.micro_tokens,
             recompute={"full": True, "none": False}.get(loaded.recipe.checkpointing or "auto"),
+            formats=formats,
         )
     )
     token_flops = flops_per_token(
@@ -142,7 +157,7 @@ def _work(
         recompute=fit.recompute,
         trained_share=trained_layers(facts, parts.lora) / facts.layers,
     )
-    seconds = step_seconds(machine, precision, step_tokens=step_tokens, token_flops=token_flops)
+    seconds = step_seconds(machine, precision, fit.frozen, step_tokens=step_tokens, token_flops=token_flops)
     return Work(
         fit=fit,
         rows=rows,
@@ -213,31 +228,9 @@ def _device(loaded: Loaded, choices: Choices, machine: MachineFacts) -> MachineF
             "device_count": 1,
             "device_memory_bytes": machine.host_memory_bytes,
             "bf16": False,
+            "capability": None,
         }
     )
-
-
-def _precision(loaded: Loaded, choices: Choices, machine: MachineFacts) -> Precision:
-    asked = loaded.recipe.precision
-    precision: Precision = "fp32" if machine.device == "cpu" else "bf16" if machine.bf16 else "fp16"
-    if asked is None or asked == "auto":
-        reasons = {
-            "fp32": "exact, and the fastest on this CPU",
-            "bf16": "half the memory, and the range of fp32",
-            "fp16": "half the memory; this GPU has no bf16",
-        }
-        return choices.derived("precision", None, precision, reasons[precision])
-    problem = ""
-    if asked == "fp16" and machine.device == "cpu":
-        problem = "fp16 is not computed on a CPU"
-    elif asked == "bf16" and machine.device == "cuda" and not machine.bf16:
-        problem = f"{machine.device_name} has no bf16"
-    if problem:
-        raise PlanError(
-            "plan-precision", f"precision {asked}: {problem}", got=asked, hint=f"set precision: {precision}, or auto"
-        )
-    slow = asked == "bf16" and machine.device == "cpu" and not machine.bf16
-    return choices.said("precision", asked, "about three times slower here than fp32" if slow else "")
 
 
 def _explain_fit(loaded: Loaded, choices: Choices, fit: Fit) -> None:
@@ -251,9 +244,13 @@ def _explain_fit(loaded: Loaded, choices: Choices, fit: Fit) -> None:
     asked = recipe.checkpointing if recipe.checkpointing != "auto" else None
     reason = "it does not fit otherwise" if fit.recompute else "it fits without, and computes nothing twice"
     choices.derived("checkpointing", asked, "full" if fit.recompute else "none", reason)
-    for tokens, recompute, size_bytes in fit.too_large:
-        how = "with recompute" if recompute else "without recompute"
-        choices.reject(f"{tokens} tokens at once {how}", f"needs about {format_bytes(size_bytes)}")
+    for frozen in dict.fromkeys(tried.frozen for tried in fit.too_large if tried.frozen != fit.frozen):
+        need_bytes = min(tried.size_bytes for tried in fit.too_large if tried.frozen == frozen)
+        kept = "unquantised" if frozen.format == "dense" else f"in {frozen.format}{', twice' * frozen.fp8_twice}"
+        choices.reject(f"a base {kept}", f"needs about {format_bytes(need_bytes)}")
+    for tried in (tried for tried in fit.too_large if tried.frozen == fit.frozen):
+        how = "with recompute" if tried.recompute else "without recompute"
+        choices.reject(f"{tried.micro_tokens} tokens at once {how}", f"needs about {format_bytes(tried.size_bytes)}")
 
 
 def _share_prefix(choices: Choices, dropout: float) -> bool:

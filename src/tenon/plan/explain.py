@@ -67,10 +67,16 @@ def _run_rows(plan: Plan) -> list[PlanRow]:
     return [
         PlanRow(group="run", what="base", value=plan.base.spec, note=built),
         PlanRow(group="run", what="device", value=machine.device, note=f"{machine.device_name}, {memory}"),
-        PlanRow(group="run", what="precision", value=plan.precision, note="the adapter itself is fp32"),
+        PlanRow(group="run", what="precision", value=_precision(plan), note="the adapter itself is fp32"),
         PlanRow(group="run", what="tokens at once", value=format_count(plan.micro_tokens), note=twice),
         PlanRow(group="run", what="run folder", value=plan.run_folder),
     ]
+
+
+def _precision(plan: Plan) -> str:
+    if plan.base_format == "dense":
+        return plan.precision
+    return f"{plan.precision}, the base in {plan.base_format}"
 
 
 def _cost_rows(plan: Plan) -> list[PlanRow]:

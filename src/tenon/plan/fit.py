@@ -1,17 +1,18 @@
-"""How a run fits the machine: tokens at once, recompute or not, room for checkpoints; or what would fit instead.
+"""How a run fits the machine: the base's format, tokens at once, recompute or not, room for checkpoints; or what would.
 
 Pure arithmetic over the estimates of `memory`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tenon.bases.facts import ModelFacts
 from tenon.errors import PlanError
 from tenon.plan.memory import USABLE_SHARE, MemoryTerm, Shape, memory_terms
-from tenon.plan.values import LoraPlan, MachineFacts, OptimizerPlan, Precision
+from tenon.plan.values import Frozen, LoraPlan, MachineFacts, OptimizerPlan, Precision
 from tenon.units import format_bytes
 
 MOST_TOKENS = {"cpu": 2048, "cuda": 16_384}
@@ -22,7 +23,7 @@ class Load:
     """What is to fit.
 
     longest_tokens: no row is longer. step_tokens: of one optimiser step, about. micro_tokens: asked, or None.
-    recompute: asked, or None.
+    recompute: asked, or None. formats: what the base may be kept in, best first.
     """
 
     facts: ModelFacts
@@ -31,18 +32,30 @@ class Load:
     precision: Precision
     longest_tokens: int
     step_tokens: float
+    formats: tuple[Frozen, ...]
     micro_tokens: int | None = None
     recompute: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """One way to compute, with its estimate."""
+
+    frozen: Frozen
+    micro_tokens: int
+    recompute: bool
+    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
     """What was chosen, its estimate, and what did not fit before it."""
 
+    frozen: Frozen
     micro_tokens: int
     recompute: bool
     terms: tuple[MemoryTerm, ...]
-    too_large: tuple[tuple[int, bool, int], ...]
+    too_large: tuple[Tried, ...]
 
     @property
     def total_bytes(self) -> int:
@@ -51,7 +64,7 @@ class Fit:
 
 
 def find_fit(load: Load) -> Fit:
-    """The fastest way to compute that fits: many tokens at once first, recompute last.
+    """The first format that fits, in its fastest way: many tokens at once first, recompute last.
 
     Raises PlanError: plan-micro-tokens, plan-memory with what would fit.
     """
@@ -65,7 +78,7 @@ def find_fit(load: Load) -> Fit:
     fit, too_large = _search(load)
     if fit is not None:
         return fit
-    need = min(size_bytes for _, _, size_bytes in too_large)
+    need = min(tried.size_bytes for tried in too_large)
     raise PlanError(
         "plan-memory",
         f"the run needs about {format_bytes(need)} and {format_bytes(usable_bytes(load.machine))} may be used",
@@ -91,17 +104,20 @@ def check_disk(machine: MachineFacts, need_bytes: int, *, keep: int, folder: str
         )
 
 
-def _search(load: Load) -> tuple[Fit | None, list[tuple[int, bool, int]]]:
-    too_large: list[tuple[int, bool, int]] = []
-    for recompute in [False, True] if load.recompute is None else [load.recompute]:
-        for micro_tokens in _sizes(load):
-            at_once = min(micro_tokens, max(load.longest_tokens, round(1.5 * load.step_tokens)))
-            shape = Shape(load.machine.device, load.precision, at_once, recompute)
-            terms = memory_terms(load.facts, load.slots, shape)
-            total_bytes = sum(term.size_bytes for term in terms)
-            if total_bytes <= usable_bytes(load.machine):
-                return Fit(micro_tokens, recompute, terms, tuple(too_large)), too_large
-            too_large.append((micro_tokens, recompute, total_bytes))
+def _search(load: Load) -> tuple[Fit | None, list[Tried]]:
+    too_large: list[Tried] = []
+    recomputes = [False, True] if load.recompute is None else [load.recompute]
+    # Of one format, keeping it twice saves less than recomputing or small batches cost: it is given up first.
+    groups = [tuple(group) for _, group in itertools.groupby(load.formats, key=lambda frozen: frozen.format)]
+    ways = itertools.chain.from_iterable(itertools.product(recomputes, _sizes(load), group) for group in groups)
+    for recompute, micro_tokens, frozen in ways:
+        at_once = min(micro_tokens, max(load.longest_tokens, round(1.5 * load.step_tokens)))
+        shape = Shape(load.machine.device, load.precision, at_once, recompute, frozen)
+        terms = memory_terms(load.facts, load.slots, shape)
+        total_bytes = sum(term.size_bytes for term in terms)
+        if total_bytes <= usable_bytes(load.machine):
+            return Fit(frozen, micro_tokens, recompute, terms, tuple(too_large)), too_large
+        too_large.append(Tried(frozen, micro_tokens, recompute, total_bytes))
     return None, too_large
 
 
@@ -118,7 +134,8 @@ def _sizes(load: Load) -> Sequence[int]:
 
 
 def _largest(load: Load) -> str:
-    shape = Shape(load.machine.device, load.precision, load.longest_tokens, load.recompute is not False)
+    recompute = load.recompute is not False
+    shape = Shape(load.machine.device, load.precision, load.longest_tokens, recompute, load.formats[-1])
     terms = sorted(memory_terms(load.facts, load.slots, shape), key=lambda term: -term.size_bytes)
     return ", ".join(f"{term.what} {format_bytes(term.size_bytes)}" for term in terms[:3])
 
@@ -134,21 +151,32 @@ def _what_would_fit(load: Load) -> str:
         tries.append(("checkpointing=full", _changed(load, recompute=True)))
     if smaller is not None:
         tries.append((f"precision={smaller}", _changed(load, precision=smaller)))
+    quantised = [] if "nf4" in {one.format for one in load.formats} else [Frozen(format="nf4")]
+    fewer_bytes = [(f"precision.base={one.format}", _changed(load, formats=(one,))) for one in quantised]
+    # On a CPU a quantised base is slow: shorter rows are named first.
+    tries += fewer_bytes if load.machine.device == "cuda" else []
     tries += [(f"data.max_tokens={tokens}", _changed(load, tokens=tokens)) for tokens in halves]
     if smaller is not None:
         tries += [
             (f"precision={smaller} data.max_tokens={tokens}", _changed(load, precision=smaller, tokens=tokens))
             for tokens in halves
         ]
+    tries += fewer_bytes if load.machine.device == "cpu" else []
     fitting = [words for words, changed in tries if _search(changed)[0] is not None]
     if fitting:
         return f"what would fit: {' or '.join(fitting[:2])}"
-    need = min(size_bytes for _, _, size_bytes in _search(_changed(load, tokens=64))[1])
+    smallest = _changed(load, tokens=64, formats=(Frozen(format="nf4"),))
+    need = min(tried.size_bytes for tried in _search(smallest)[1])
     return f"it takes a smaller base, or a machine with {format_bytes(need / USABLE_SHARE)} of memory"
 
 
 def _changed(
-    load: Load, *, precision: Precision | None = None, tokens: int | None = None, recompute: bool | None = None
+    load: Load,
+    *,
+    precision: Precision | None = None,
+    tokens: int | None = None,
+    recompute: bool | None = None,
+    formats: tuple[Frozen, ...] = (),
 ) -> Load:
     return Load(
         load.facts,
@@ -157,6 +185,7 @@ def _changed(
         precision or load.precision,
         min(tokens or load.longest_tokens, load.longest_tokens),
         load.step_tokens,
+        formats or load.formats,
         None if tokens else load.micro_tokens,
         load.recompute if recompute is None else recompute,
     )

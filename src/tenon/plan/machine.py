@@ -78,6 +78,7 @@ def read_machine(settings: Settings, *, run_folder: Path, probe: Probe | None = 
         threads=settings.threads or cores,
         bf16=gpu.capability >= BF16_CAPABILITY if gpu else False,
         free_disk_bytes=free_bytes(run_folder),
+        capability=gpu.capability if gpu else None,
     )
 
 

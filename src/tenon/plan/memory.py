@@ -10,9 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tenon.bases.facts import ModelFacts, parse_site
-from tenon.plan.values import LoraPlan, OptimizerPlan, Precision
+from tenon.plan.values import Frozen, LoraPlan, OptimizerPlan, Precision
 
 PRECISION_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+# nf4: half a byte, a byte for 64 absmax codes, four for 256 of these. A scale a row is left out.
+FORMAT_BYTES = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
+# What plain torch needs beside a weight that it dequantises: indices, values and absmax in four bytes each.
+PLAIN_DEQUANTISED_BYTES = 16
 # Adapter weights, gradients and both moments are fp32; 8-bit Adam keeps one byte a moment.
 STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "sgd": 0}
 # The process itself: Python and torch, or the CUDA context and its libraries.
@@ -31,6 +35,7 @@ class Shape:
     precision: Precision
     tokens_at_once: int
     recompute: bool
+    frozen: Frozen
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,34 @@ def activation_bytes_per_token(
     return round((kept + 3 * facts.feed_forward + 2 * facts.hidden) * PRECISION_BYTES[precision])
 
 
+def stack_shapes(facts: ModelFacts) -> tuple[tuple[int, int], ...]:
+    """(out, in) of the frozen matrices as they are multiplied: q, k, v stacked; o; gate, up stacked; down."""
+    query, kv = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
+    return (
+        (query + 2 * kv, facts.hidden),
+        (facts.hidden, query),
+        (2 * facts.feed_forward, facts.hidden),
+        (facts.hidden, facts.feed_forward),
+    )
+
+
+def base_bytes(facts: ModelFacts, precision: Precision, frozen: Frozen) -> int:
+    """What the base keeps: the linear layers in their format, all else in the precision."""
+    width = PRECISION_BYTES[precision]
+    weight_bytes = FORMAT_BYTES.get(frozen.format, width) * (2 if frozen.fp8_twice else 1)
+    return round(facts.linear_parameters * weight_bytes) + (facts.parameters - facts.linear_parameters) * width
+
+
+def dequantised_bytes(facts: ModelFacts, device: str, precision: Precision, frozen: Frozen) -> int:
+    """The widest weight in the form in which it is multiplied, while it is."""
+    if frozen.format == "dense" or frozen.fp8_twice:
+        return 0
+    weight_bytes = 1 if frozen.fp8_compute else PRECISION_BYTES[precision]
+    if device == "cpu":
+        weight_bytes += PLAIN_DEQUANTISED_BYTES
+    return max(outputs * inputs for outputs, inputs in stack_shapes(facts)) * weight_bytes
+
+
 def memory_terms(
     facts: ModelFacts, slots: Sequence[tuple[LoraPlan, OptimizerPlan]], shape: Shape
 ) -> tuple[MemoryTerm, ...]:
@@ -84,7 +117,8 @@ def memory_terms(
         adapter_parameters(facts, lora) * (4 + 4 + _state_bytes(optimizer) + shadow) for lora, optimizer in slots
     )
     return (
-        MemoryTerm("base", facts.parameters * width),
+        MemoryTerm("base", base_bytes(facts, shape.precision, shape.frozen)),
+        MemoryTerm("a dequantised weight", dequantised_bytes(facts, shape.device, shape.precision, shape.frozen)),
         MemoryTerm("adapters, gradients, optimiser", adapters),
         MemoryTerm("activations", per_token * shape.tokens_at_once),
         MemoryTerm("logits", LOGITS_BYTES),

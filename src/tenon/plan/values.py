@@ -14,6 +14,7 @@ from tenon.bases.facts import ModelFacts
 from tenon.values import Value
 
 Precision = Literal["fp32", "bf16", "fp16"]
+BaseFormat = Literal["dense", "fp8", "int8", "nf4"]
 Origin = Literal["recipe", "command line", "default", "derived", "alias"]
 
 
@@ -33,8 +34,23 @@ class Rejection(Value):
     reason: str
 
 
+class Frozen(Value):
+    """What the frozen linear layers are kept in, and how they are multiplied. dense: the precision of the plan.
+
+    fp8_compute: their products are fp8's (always of an fp8 base; of an nf4 base where it is dequantised to fp8).
+    fp8_twice: an fp8 base is kept a second time, transposed for the backward pass, instead of being transposed there.
+    """
+
+    format: BaseFormat = "dense"
+    fp8_compute: bool = False
+    fp8_twice: bool = False
+
+
 class MachineFacts(Value):
-    """The machine as the planner sees it. memory: what may be used, not what is installed."""
+    """The machine as the planner sees it. memory: what may be used, not what is installed.
+
+    capability: compute capability of the GPU, as (9, 0); None on a CPU.
+    """
 
     device: Literal["cpu", "cuda"]
     device_name: str
@@ -45,6 +61,7 @@ class MachineFacts(Value):
     threads: int
     bf16: bool
     free_disk_bytes: int
+    capability: tuple[int, int] | None = None
 
 
 class BasePlan(Value):
@@ -214,12 +231,18 @@ class Estimate(Value):
 
 
 class Plan(Value):
-    """One run: one base, one machine, one or more slots."""
+    """One run: one base, one machine, one or more slots. precision: of activations, norms, embeddings and head.
+
+    base_format, fp8_compute, fp8_twice: see `Frozen`.
+    """
 
     version: Literal[1] = 1
     base: BasePlan
     machine: MachineFacts
     precision: Precision
+    base_format: BaseFormat = "dense"
+    fp8_compute: bool = False
+    fp8_twice: bool = False
     recompute: bool
     micro_tokens: int
     share_prefix: bool
@@ -230,3 +253,8 @@ class Plan(Value):
     estimate: Estimate
     choices: tuple[Choice, ...] = ()
     rejected: tuple[Rejection, ...] = ()
+
+    @property
+    def frozen(self) -> Frozen:
+        """How the base's linear layers are kept and multiplied."""
+        return Frozen(format=self.base_format, fp8_compute=self.fp8_compute, fp8_twice=self.fp8_twice)

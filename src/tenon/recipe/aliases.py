@@ -231,8 +231,6 @@ ALWAYS: dict[str, Any] = {
     "bias": "none",
     "use_dora": False,
     "peft_use_dora": False,
-    "load_in_4bit": False,
-    "load_in_8bit": False,
     "fan_in_fan_out": False,
     "lora_fan_in_fan_out": False,
     "packing": False,
@@ -247,7 +245,6 @@ ALWAYS: dict[str, Any] = {
 _BLOCKS = (
     "there a batch then counts packed blocks, here it counts rows: write batch.tokens = rows of blocks x their length"
 )
-_QUANTISED = "a quantised base is not built yet: leave it out and choose precision"
 _NAMED_DATA = "write the file, folder or hub id as data.train"
 _PER_EPOCH = "it counts per epoch; write steps as"
 
@@ -255,15 +252,16 @@ DIFFERENT: dict[str, str] = {
     "packing": _BLOCKS,
     "neat_packing": _BLOCKS,
     "sample_packing": _BLOCKS,
-    "adapter": "only lora is built; for qlora, a quantised base is not built yet",
+    "adapter": "only lora and qlora are built",
     "finetuning_type": "only lora is built",
     "stage": "only sft is built",
     "bias": "biases are part of the frozen base",
     "use_dora": "DoRA is not built; lora.rslora changes the scale alone",
     "peft_use_dora": "DoRA is not built; lora.rslora changes the scale alone",
-    "load_in_4bit": _QUANTISED,
-    "load_in_8bit": _QUANTISED,
-    "quantization_bit": _QUANTISED,
+    "load_in_8bit": "LLM.int8 multiplies in int8, outlying features apart; precision.base: int8 keeps int8, and "
+    "multiplies what it stands for",
+    "bnb_4bit_compute_dtype": "it is the type of the products alone; write precision.compute",
+    "bnb_4bit_quant_storage": "it is how the bytes are held; it changes no result; leave it out",
     "pissa_init": "PiSSA changes the base's weights, and here these never change",
     "modules_to_save": "only LoRA matrices are trained",
     "lora_modules_to_save": "only LoRA matrices are trained",
@@ -296,8 +294,8 @@ DIFFERENT: dict[str, str] = {
     "per_device_eval_batch_size": "validation packs what fits; it changes no result; leave it out",
     "eval_batch_size": "validation packs what fits; it changes no result; leave it out",
     "auto_find_batch_size": "it shrinks the batch; here memory never changes the batch: leave it out",
-    "dtype": "it is the type in which the base is loaded; write precision",
-    "torch_dtype": "it is the type in which the base is loaded; write precision",
+    "dtype": "it is the type in which the base is loaded; write precision.compute",
+    "torch_dtype": "it is the type in which the base is loaded; write precision.compute",
     "tf32": "matrix products are exact in fp32 here; write precision: bf16 for speed",
     "flash_attention": "the attention kernel is chosen by Tenon; leave it out",
     "flash_attn": "the attention kernel is chosen by Tenon; leave it out",
@@ -316,6 +314,19 @@ DIFFERENT: dict[str, str] = {
 }
 
 BY_KEY: Mapping[str, Alias] = {alias.key: alias for alias in ALIASES}
-# Keys whose meaning depends on another one: the rows of a step, and the precision.
-PAIRED = ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps", "bf16", "fp16")
+# Keys whose meaning depends on others of their group: the rows of a step, the precision, the base's format.
+ROWS_KEYS = ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps")
+HALF_KEYS = ("bf16", "fp16")
+# Keys that say more about a quantised base, with the values for which it is our nf4.
+NF4_DETAILS: dict[str, tuple[Any, ...]] = {
+    "bnb_4bit_quant_type": ("nf4",),
+    "bnb_4bit_use_double_quant": (True,),
+    "use_bnb_nested_quant": (True,),
+    "quantization_method": ("bnb", "bitsandbytes"),
+    "quantization_type": ("nf4",),
+    "double_quantization": (True,),
+}
+FORMAT_KEYS = ("load_in_4bit", "load_in_8bit", "quantization_bit", *NF4_DETAILS)
+PAIRED = (*ROWS_KEYS, *HALF_KEYS, *FORMAT_KEYS)
+PAIRS = (ROWS_KEYS, HALF_KEYS, (*FORMAT_KEYS, "adapter"))
 FOREIGN_KEYS = frozenset(BY_KEY) | frozenset(ALWAYS) | frozenset(DIFFERENT) | frozenset(PAIRED)

@@ -101,6 +101,18 @@ RULES: tuple[Rule, ...] = (
         "validation.patience is not set",
         "set validation.patience, or leave it out",
     ),
+    Rule(
+        "precision.base",
+        lambda r: not (r.precision.base == "bf16" and r.precision.compute in ("fp32", "fp16")),
+        "bf16 sets precision.compute too, and that says otherwise",
+        "leave one of the two out; precision.base: same is as precision.compute",
+    ),
+    Rule(
+        "precision.products",
+        lambda r: r.precision.base == "nf4",
+        "only an nf4 base can be multiplied in two ways, and precision.base is not nf4",
+        "leave it out, or set precision.base: nf4",
+    ),
     Rule("evaluate.data", _evaluates, _NO_EVALUATION, "leave it out, or name metrics"),
     Rule("evaluate.rows", _evaluates, _NO_EVALUATION, "leave it out, or name metrics"),
 )

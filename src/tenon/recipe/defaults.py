@@ -61,6 +61,7 @@ DEFAULTS: dict[str, Default] = {
     "evaluate.data": Default(None, "the validation rows"),
     "evaluate.rows": Default(0, "no limit", "all"),
     "evaluate.max_new_tokens": Default(256, "longer answers are cut"),
+    "precision.products": Default("auto", "fp8 on a GPU that has it and computes in bf16, else as precision.compute"),
     "register": Default(True, "registered under the adapter's name"),
     "seed": Default(0, "the same recipe gives the same adapter"),
     "trackers": Default((), "events.jsonl holds everything"),
@@ -82,7 +83,9 @@ DERIVED: dict[str, str] = {
     "validation.every": "a tenth of the run when there are validation rows",
     "checkpoint.every": "about five minutes of training",
     "evaluate.metrics": "chosen by the kind of rows",
-    "precision": "fp32 on a CPU; bf16 on a GPU that has it, else fp16",
+    "precision.base": "`same` where it fits; else fp8 on a GPU that has it (int8 on one that has not), else nf4; on a "
+    "CPU always `same`; a base whose files are nf4 stays nf4",
+    "precision.compute": "fp32 on a CPU; bf16 on a GPU that has it, else fp16",
     "device": "a GPU when there is one that this installation can use",
     "checkpointing": "none when that fits in memory, else full",
     "run": "`runs/NAME-TIME` in the folder where the command is typed",

@@ -16,10 +16,10 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from tenon.errors import RecipeError
-from tenon.recipe.aliases import PAIRED
+from tenon.recipe.aliases import PAIRS
 from tenon.recipe.applies import refuse_inapplicable
 from tenon.recipe.nearest import did_you_mean, nearest_keys, nearest_word
-from tenon.recipe.schema import LeafField, Recipe, leaf_fields, section_names, source_fields
+from tenon.recipe.schema import LeafField, Recipe, full_key, leaf_fields, section_names, source_fields
 from tenon.recipe.translate import refuse_overridden_epochs, translate
 from tenon.recipe.written import Written, WrittenOrigin, read_overrides, read_yaml
 from tenon.values import Value
@@ -99,8 +99,9 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), *, file: Path, workin
     recipe-unknown-key, recipe-missing-key, recipe-bad-value, recipe-inapplicable, recipe-alias-differs,
     recipe-alias-clash.
     """
-    in_file = {entry.key: entry for entry in read_yaml(text, file=file.name, sections=section_names())}
-    typed = {entry.key: entry for entry in read_overrides(overrides)}
+    written = read_yaml(text, file=file.name, sections=section_names(), full_key=full_key)
+    in_file = {entry.key: entry for entry in written}
+    typed = {entry.key: entry for entry in read_overrides(overrides, full_key)}
     entries, always = _merge(in_file, typed)
     _refuse_unknown(entries.values())
     entries = {key: entry for key, entry in entries.items() if entry.value is not None}
@@ -150,7 +151,8 @@ def _merge(in_file: Mapping[str, Written], typed: Mapping[str, Written]) -> tupl
     both = {**in_file, **typed}
     refuse_overridden_epochs(both)
     # A step's rows are a product: when one factor is typed, the other may stand in the file.
-    paired = {key: both[key] for key in PAIRED if key in both} if any(key in typed for key in PAIRED) else {}
+    groups = [group for group in PAIRS if any(key in typed for key in group)]
+    paired = {key: both[key] for group in groups for key in group if key in both}
     lower = translate({key: entry for key, entry in in_file.items() if key not in typed and key not in paired})
     upper = translate({**typed, **paired})
     entries = {entry.key: entry for entry in (*lower.entries, *upper.entries)}

@@ -41,7 +41,11 @@ What becomes of rows longer than `data.max_tokens` is `data.on_long`, whatever t
 _PAIRS = (
     ("`per_device_train_batch_size` x `gradient_accumulation_steps`", "LLaMA-Factory, TRL", "`batch.rows`"),
     ("`micro_batch_size` x `gradient_accumulation_steps`", "axolotl", "`batch.rows`"),
-    ("`bf16`, `fp16`", "axolotl, LLaMA-Factory, TRL", "`precision`"),
+    ("`bf16`, `fp16`", "axolotl, LLaMA-Factory, TRL", "`precision.compute`"),
+    ("`adapter: qlora`, with or without `load_in_4bit: true`", "axolotl", "`precision.base: nf4`"),
+    ("`load_in_4bit: true` with `use_bnb_nested_quant: true`", "TRL", "`precision.base: nf4`"),
+    ("`quantization_bit: 4`", "LLaMA-Factory", "`precision.base: nf4`"),
+    ("`load_in_4bit: false`, `load_in_8bit: false`", "axolotl, TRL", "`precision.base: same`"),
 )
 
 

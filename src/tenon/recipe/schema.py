@@ -112,6 +112,27 @@ class DataSection(Section):
     workers: int | None = Field(default=None, ge=1, le=256, description="Processes that turn rows into tokens.")
 
 
+class PrecisionSection(Section):
+    """Number formats. One word stands for the whole section: `precision: bf16` says `precision.compute`, and
+    `precision: nf4` says `precision.base`. The adapter itself and its optimiser are always fp32.
+    """
+
+    base: Literal["auto", "same", "bf16", "fp8", "int8", "nf4"] | None = Field(
+        default=None,
+        description="Format that the frozen linear layers are kept in; `same` is that of `precision.compute`, `bf16` "
+        "sets both. Embeddings, norms and head are as `precision.compute`. fp8 needs a GPU with it, or a slow CPU.",
+    )
+    compute: Literal["auto", "fp32", "bf16", "fp16"] | None = Field(
+        default=None,
+        description="Format of activations, and of an unquantised base. fp16 needs a GPU.",
+    )
+    products: Literal["auto", "same", "fp8"] | None = Field(
+        default=None,
+        description="How what nf4 stands for is multiplied: in fp8, or in `same`, the format of `precision.compute`. "
+        "Only with `precision.base: nf4`.",
+    )
+
+
 class LoraSection(Section):
     """The low-rank matrices."""
 
@@ -279,10 +300,7 @@ class Recipe(Section):
     validation: ValidationSection = ValidationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     evaluate: EvaluateSection = EvaluateSection()
-    precision: Literal["auto", "fp32", "bf16", "fp16"] | None = Field(
-        default=None,
-        description="Number format of the frozen base; the adapter itself is always fp32. fp16 needs a GPU.",
-    )
+    precision: PrecisionSection = PrecisionSection()
     device: Literal["auto", "cpu", "cuda"] | None = Field(default=None, description="Where the run computes.")
     checkpointing: Literal["auto", "none", "full"] | None = Field(
         default=None,
@@ -316,6 +334,13 @@ class LeafField(Value):
 def section_names() -> tuple[str, ...]:
     """The recipe's sections, in order."""
     return tuple(name for name, info in Recipe.model_fields.items() if _section_of(info.annotation) is not None)
+
+
+def full_key(key: str, value: Any) -> str:
+    """The key that a section's name stands for where a word is written in the place of the section."""
+    if key != "precision" or isinstance(value, dict):
+        return key
+    return "precision.base" if value in ("same", "fp8", "int8", "nf4") else "precision.compute"
 
 
 def leaf_fields() -> tuple[LeafField, ...]:

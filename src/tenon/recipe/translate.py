@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tenon.errors import RecipeError
-from tenon.recipe.aliases import ALWAYS, BY_KEY, DIFFERENT, FOREIGN_KEYS, PAIRED, Unset
+from tenon.recipe.aliases import ALWAYS, BY_KEY, DIFFERENT, FOREIGN_KEYS, NF4_DETAILS, PAIRED, Unset
 from tenon.recipe.written import Written
 
 
@@ -31,7 +31,7 @@ def translate(entries: Mapping[str, Written]) -> Translation:
     ours: dict[str, Written] = {}
     always: list[Written] = []
     for key, entry in given.items():
-        if key in PAIRED:
+        if key in PAIRED or _is_qlora(entry):
             continue
         if (key in ALWAYS and _same(entry.value, ALWAYS[key])) or key in _strategies(given):
             always.append(entry)
@@ -42,7 +42,7 @@ def translate(entries: Mapping[str, Written]) -> Translation:
         else:
             for one in _ours(entry):
                 _add(ours, one)
-    for one in (*_batch_rows(given), *_precision(given)):
+    for one in (*_batch_rows(given), *_precision(given), *_base_format(given)):
         _add(ours, one)
     return Translation(tuple(ours.values()), tuple(always))
 
@@ -113,7 +113,48 @@ def _precision(given: Mapping[str, Written]) -> list[Written]:
         raise _differs(on[1], "two precisions at once: write precision: bf16 or fp16")
     if on[0].value is not True and (on[0].key, on[0].value) != ("bf16", "auto"):
         raise _differs(on[0], "only true and false mean the same: write precision")
-    return [_renamed(on[0], "precision", on[0].key if on[0].value is True else "auto")]
+    return [_renamed(on[0], "precision.compute", on[0].key if on[0].value is True else "auto")]
+
+
+def _is_qlora(entry: Written) -> bool:
+    return entry.key == "adapter" and entry.value == "qlora"
+
+
+def _base_format(given: Mapping[str, Written]) -> list[Written]:
+    """nf4 with double quantisation is said in three ways, each with a key that says so beside the one for 4 bits."""
+    four, eight, bits = (given.get(key) for key in ("load_in_4bit", "load_in_8bit", "quantization_bit"))
+    details = [given[key] for key in NF4_DETAILS if key in given]
+    qlora = [entry for entry in given.values() if _is_qlora(entry)]
+    if eight is not None and eight.value is not False:
+        raise _differs(eight, DIFFERENT["load_in_8bit"])
+    if four is not None and not isinstance(four.value, bool):
+        raise _differs(four, "only true and false mean the same")
+    if bits is not None and (bits.value != 4 or isinstance(bits.value, bool)):
+        raise _differs(bits, "only 4 has an equal, precision.base: nf4; int8 there multiplies otherwise")
+    for entry in details:
+        if not any(_same(entry.value, value) for value in NF4_DETAILS[entry.key]):
+            raise _differs(entry, "precision.base: nf4 is bitsandbytes' nf4 with double quantisation, nothing else")
+    asked = [*qlora, *([four] if four is not None and four.value else []), *([bits] if bits is not None else [])]
+    if asked:
+        return _nf4(asked, four, details)
+    if details:
+        raise _differs(details[0], "without a key that asks for 4 bits it says nothing: write precision.base: nf4")
+    unquantised = [entry for entry in (four, eight) if entry is not None]
+    return [_renamed(unquantised[0], "precision.base", "same")] if unquantised else []
+
+
+def _nf4(asked: list[Written], four: Written | None, details: list[Written]) -> list[Written]:
+    """asked: the entries that ask for 4 bits. load_in_4bit alone has no double quantisation in TRL, but in axolotl."""
+    if four is not None and not four.value:
+        raise _differs(asked[0], f"and {four.where} says load_in_4bit: false: keep one of the two")
+    double = {"bnb_4bit_use_double_quant", "use_bnb_nested_quant"}
+    if asked == [four] and not any(entry.key in double for entry in details):
+        raise _differs(
+            asked[0],
+            "alone it is nf4 with double quantisation in axolotl, and without in TRL: add adapter: qlora or "
+            "use_bnb_nested_quant: true, or write precision.base: nf4",
+        )
+    return [_renamed(asked[0], "precision.base", "nf4")]
 
 
 def _strategies(given: Mapping[str, Written]) -> frozenset[str]:

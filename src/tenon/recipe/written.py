@@ -6,7 +6,7 @@ Knows YAML's shape and line numbers; does not know which keys exist beyond the n
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,8 +50,12 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _firsts)
 
 
-def read_yaml(text: str, *, file: str, sections: Collection[str]) -> tuple[Written, ...]:
+def read_yaml(
+    text: str, *, file: str, sections: Collection[str], full_key: Callable[[str, Any], str]
+) -> tuple[Written, ...]:
     """The entries of a recipe's text, sections flattened to dotted keys, in order.
+
+    full_key: what a key stands for with a value, where a section is written as one word.
 
     Raises RecipeError: recipe-empty, recipe-not-yaml, recipe-not-mapping, recipe-duplicate-key.
     """
@@ -70,14 +74,15 @@ def read_yaml(text: str, *, file: str, sections: Collection[str]) -> tuple[Writt
     reader = _Reader(file)
     entries: dict[str, Written] = {}
     for key, node, line in _flat(root, reader, sections):
-        where = f"{file}:{line}"
+        where, value = f"{file}:{line}", reader.value(node)
+        key = full_key(key, value)
         if key in entries:
             raise _duplicate(key, where, entries[key].where)
-        entries[key] = Written(key, reader.value(node), "recipe", where)
+        entries[key] = Written(key, value, "recipe", where)
     return tuple(entries.values())
 
 
-def read_override(argument: str) -> Written:
+def read_override(argument: str, full_key: Callable[[str, Any], str]) -> Written:
     """One `key=value` of the command line; the value is a YAML scalar, or a YAML list when it starts with `[`.
 
     Raises RecipeError: recipe-override.
@@ -96,13 +101,13 @@ def read_override(argument: str) -> Written:
         value = None if node is None else _Reader(COMMAND_LINE).value(node)
     else:
         value = _scalar(text)
-    return Written(key, value, COMMAND_LINE, COMMAND_LINE)
+    return Written(full_key(key, value), value, COMMAND_LINE, COMMAND_LINE)
 
 
-def read_overrides(arguments: Collection[str]) -> tuple[Written, ...]:
+def read_overrides(arguments: Collection[str], full_key: Callable[[str, Any], str]) -> tuple[Written, ...]:
     """All overrides of a command line; a key may occur once. Raises RecipeError: recipe-duplicate-key and the above."""
     entries: dict[str, Written] = {}
-    for entry in map(read_override, arguments):
+    for entry in (read_override(argument, full_key) for argument in arguments):
         if entry.key in entries:
             raise _duplicate(entry.key, COMMAND_LINE, COMMAND_LINE)
         entries[entry.key] = entry
