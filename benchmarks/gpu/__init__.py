@@ -1,0 +1,1 @@
+"""What the GPU benchmarks share: the works, processes with a time budget, records that add up over calls, tables."""

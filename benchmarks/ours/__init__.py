@@ -1,0 +1,1 @@
+"""Tenon as the benchmarks run it: each measurement is a process of its own."""
