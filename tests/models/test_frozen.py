@@ -156,6 +156,20 @@ def test_the_gpu_multiplies_as_the_cpu_does(
 
 
 @pytest.mark.gpu
+def test_fp8_kept_once_is_fp8_kept_twice() -> None:
+    torch.manual_seed(0)
+    weight, dy_TO, device = torch.randn(272, 144), torch.randn(50, 272).bfloat16().cuda(), torch.device("cuda")
+    gradients, sizes = [], []
+    for twice in (True, False):
+        linear = make_frozen("fp8", 272, 144, bias=False, dtype=torch.bfloat16, device=device, fp8_twice=twice)
+        linear.put(0, weight)
+        gradients.append(linear.apply_transposed(dy_TO))
+        sizes.append(linear.size_bytes)
+    assert torch.equal(*gradients)
+    assert sizes[0] - sizes[1] == 272 * 144
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(28_672, 4_096), (4_096, 14_336), (6_144, 4_096)])
 def test_large_weights_dequantise_alike_both_ways(shape: tuple[int, int]) -> None:
     """The sizes of an 8B model, where offsets and grids are large: the transposed fp8 values are the straight ones."""

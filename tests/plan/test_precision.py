@@ -9,7 +9,7 @@ from tenon.errors import PlanError
 from tenon.plan.combine import combine
 from tenon.plan.explain import plan_rows
 from tenon.plan.memory import base_bytes, dequantised_bytes, stack_shapes
-from tenon.plan.precision import DENSE, FP8_ONCE, FP8_TWICE, INT8
+from tenon.plan.precision import DENSE, FP8_ONCE, FP8_TWICE, INT8, resident_format
 from tenon.plan.size import DataSize
 from tenon.plan.values import Frozen, MachineFacts, Plan
 
@@ -150,6 +150,22 @@ def test_recipes_of_one_run_share_the_format() -> None:
     assert caught.value.code == "plan-combine" and "precision.base" in caught.value.what
     once = plan_of("precision.base=fp8", file="a.yaml", machine=H100).model_copy(update={"fp8_twice": False})
     assert not combine([once, plan_of("precision.base=fp8", file="b.yaml", machine=H100)]).fp8_twice
+
+
+@pytest.mark.parametrize(
+    ("machine", "facts", "frozen"),
+    [
+        (CPU, LLAMA_8B, DENSE),
+        (CPU, STORED, DENSE),
+        (of(H100, 80), STORED, DENSE),
+        (of(H100, 16), LLAMA_8B, FP8_ONCE),
+        (of(A100, 16), LLAMA_8B, INT8),
+        (of(H100, 8), LLAMA_8B, NF4_IN_FP8),
+        (of(T4, 8), LLAMA_8B, NF4),
+    ],
+)
+def test_a_base_that_only_answers(machine: MachineFacts, facts: ModelFacts, frozen: Frozen) -> None:
+    assert resident_format(facts, machine, "bf16" if machine.bf16 else "fp16") == frozen
 
 
 def test_the_summary_says_it() -> None:

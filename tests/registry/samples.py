@@ -14,7 +14,7 @@ from tenon.registry.entry import EntryDraft
 
 PREFIX = "base_model.model.model."
 MODULES = ("q_proj", "v_proj")
-DRAFT = EntryDraft(base_spec="tiny", base_hash="b" * 64, run="run-1", data_hash="d" * 64)
+DRAFT = EntryDraft(base_spec="tiny", base_hash="b" * 64, run="run-1", data_hash="d" * 64, base_format="nf4")
 
 
 def tensors(*, rank: int = 4, layers: int = 2, seed: int = 0) -> dict[str, np.ndarray]:

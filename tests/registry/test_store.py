@@ -52,7 +52,7 @@ def test_p18_an_entry_binds_what_it_was_made_of(registry: Registry, source: Path
     entry = registry.register("intents", source, draft)
     assert (entry.label, entry.rank, entry.alpha, entry.scale) == ("intents@1", 4, 8.0, 2.0)
     assert (entry.base_hash, entry.data_hash, entry.template_hash) == ("b" * 64, "d" * 64, "t" * 64)
-    assert (entry.metrics, entry.parent, entry.run) == ((metric,), "older@2", "run-1")
+    assert (entry.metrics, entry.parent, entry.run, entry.base_format) == ((metric,), "older@2", "run-1", "nf4")
     assert (entry.targets, entry.matrices) == (("q_proj", "v_proj"), 4)
     assert abs(entry.created - time.time()) < 60
     assert entry.size_bytes == sum((source / name).stat().st_size for name in PEFT_FILES)

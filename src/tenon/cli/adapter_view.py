@@ -45,6 +45,7 @@ def show_entry(console: Console, entry: Entry, folder: Path) -> None:
         ("run", entry.run or unknown),
         ("started from", entry.parent or "nothing: a fresh adapter"),
         ("base", f"{entry.base_spec}  {entry.base_hash}"),
+        ("base kept in", {None: unknown, "dense": "full width"}.get(entry.base_format, entry.base_format)),
         ("data", entry.data_hash or unknown),
         ("template", entry.template_hash or unknown),
         ("recipe", entry.recipe_hash or unknown),

@@ -7,7 +7,7 @@ One map may hold several modules stacked along its outputs (q, k, v; gate, up); 
 | format | kept, bytes a weight | forward | dgrad |
 |---|---|---|---|
 | dense | its dtype | one product | one product |
-| fp8 | E4M3 with a scale a row; twice, the second one transposed: 2 | fp8 | fp8 |
+| fp8 | E4M3 with a scale a row: 1; or twice, the second time transposed: 2 | fp8 | fp8, transposed before if need be |
 | int8 | int8 with a scale a row: 1 | dequantised, one product | dequantised, one product |
 | nf4 | bitsandbytes' format: 0.516 | dequantised (to fp8 if asked), one product | the same |
 
@@ -102,7 +102,7 @@ class DenseLinear:
 
     def put(self, start: int, weight: Tensor | Nf4Weight) -> None:
         """Copy rows in."""
-        weight = _loaded(weight, self.weight_OD.device)
+        weight = as_tensor(weight, self.weight_OD.device)
         self.weight_OD[start : start + len(weight)].copy_(weight)
 
     def dense(self, start: int, stop: int) -> Tensor:
@@ -116,25 +116,31 @@ class Fp8Linear:
     takes_fp8 = True
 
     def __init__(
-        self, outputs: int, inputs: int, *, bias_O: Tensor | None, dtype: torch.dtype, device: torch.device
+        self,
+        outputs: int,
+        inputs: int,
+        *,
+        bias_O: Tensor | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        twice: bool = True,
     ) -> None:
+        """twice: keep V^T too where the products are made in fp8, instead of making it for each dgrad."""
         self.outputs, self.inputs, self.bias_O, self.dtype = outputs, inputs, bias_O, dtype
         self.native = fp8.multiplies_fp8(device, outputs, inputs)
+        self.twice = twice and self.native
         self.rows = Fp8Rows(
             torch.empty((outputs, inputs), dtype=fp8.FP8_DTYPE, device=device),
             torch.empty(outputs, dtype=torch.float32, device=device),
         )
         self.output_scale_O: Tensor | None = self.rows.scale_T
-        ones_D = torch.ones(inputs, dtype=torch.float32, device=device)
-        values_DO = torch.empty((inputs if self.native else 0, outputs), dtype=fp8.FP8_DTYPE, device=device)
-        # The tensor cores take both factors with the summed dimension contiguous: dgrad needs the transposed copy.
-        self.columns = Fp8Rows(values_DO, ones_D)
+        self.ones_D = torch.ones(inputs, dtype=torch.float32, device=device)
+        self.columns_DO = torch.empty((inputs if self.twice else 0, outputs), dtype=fp8.FP8_DTYPE, device=device)
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of both copies and the scales."""
-        rows, columns = self.rows, self.columns
-        return _bytes_of(rows.values_TD, rows.scale_T, columns.values_TD, columns.scale_T)
+        """Bytes of what is kept and of the scales."""
+        return _bytes_of(self.rows.values_TD, self.rows.scale_T, self.columns_DO, self.ones_D)
 
     def apply(self, x_TD: Tensor, quantised: Fp8Rows | None = None) -> Tensor:
         """(T, D) -> (T, O)."""
@@ -146,20 +152,21 @@ class Fp8Linear:
     def apply_transposed(self, dy_TO: Tensor, quantised: Fp8Rows | None = None) -> Tensor:
         """(T, O) -> (T, D)."""
         dy = quantised or fp8.quantise_rows(dy_TO, self.output_scale_O)
+        # The tensor cores take both factors with the summed dimension contiguous, so dgrad multiplies V^T's rows.
+        columns = Fp8Rows(self.columns_DO if self.twice else fp8.transposed(self.rows.values_TD), self.ones_D)
         if self.native:
-            return fp8.product(dy, self.columns, None, dy_TO.dtype, fast=FAST_DGRAD)
-        columns = Fp8Rows(fp8.transposed(self.rows.values_TD), self.columns.scale_T)
+            return fp8.product(dy, columns, None, dy_TO.dtype, fast=FAST_DGRAD)
         return fp8.product_reference(dy, columns, None, dy_TO.dtype)
 
     def put(self, start: int, weight: Tensor | Nf4Weight) -> None:
-        """Quantise rows, and copy them into both copies."""
-        rows = fp8.quantise_rows(_loaded(weight, self.rows.values_TD.device))
+        """Quantise rows."""
+        rows = fp8.quantise_rows(as_tensor(weight, self.rows.values_TD.device))
         stop = start + len(rows.scale_T)
         self.rows.values_TD[start:stop].view(torch.uint8).copy_(rows.values_TD.view(torch.uint8))
         self.rows.scale_T[start:stop].copy_(rows.scale_T)
-        if self.native:
+        if self.twice:
             values_DO = fp8.transposed(rows.values_TD)
-            self.columns.values_TD[:, start:stop].view(torch.uint8).copy_(values_DO.view(torch.uint8))
+            self.columns_DO[:, start:stop].view(torch.uint8).copy_(values_DO.view(torch.uint8))
 
     def dense(self, start: int, stop: int) -> Tensor:
         """(n, D) in the compute dtype."""
@@ -197,7 +204,7 @@ class Int8Linear:
 
     def put(self, start: int, weight: Tensor | Nf4Weight) -> None:
         """Quantise rows."""
-        rows = int8.quantise_rows(_loaded(weight, self.rows.values_OD.device))
+        rows = int8.quantise_rows(as_tensor(weight, self.rows.values_OD.device))
         stop = start + len(rows.scale_O)
         self.rows.values_OD[start:stop].copy_(rows.values_OD)
         self.rows.scale_O[start:stop].copy_(rows.scale_O)
@@ -316,22 +323,23 @@ def make_frozen(
     dtype: torch.dtype,
     device: torch.device,
     compute_fp8: bool = False,
+    fp8_twice: bool = True,
 ) -> FrozenLinear:
     """An empty map of one kind: set it with `put`, and its bias_O (uninitialised, in dtype) where there is one.
 
-    compute_fp8: for nf4, multiply in fp8 what is dequantised.
+    compute_fp8: for nf4, multiply in fp8 what is dequantised. fp8_twice: for fp8, keep the transposed weight too.
     """
     bias_O = torch.empty(outputs, dtype=dtype, device=device) if bias else None
     if kind == "dense":
         return DenseLinear(outputs, inputs, bias_O=bias_O, dtype=dtype, device=device)
     if kind == "fp8":
-        return Fp8Linear(outputs, inputs, bias_O=bias_O, dtype=dtype, device=device)
+        return Fp8Linear(outputs, inputs, bias_O=bias_O, dtype=dtype, device=device, twice=fp8_twice)
     if kind == "int8":
         return Int8Linear(outputs, inputs, bias_O=bias_O, dtype=dtype, device=device)
     return Nf4Linear(outputs, inputs, bias_O=bias_O, dtype=dtype, device=device, compute_fp8=compute_fp8)
 
 
-def _loaded(weight: Tensor | Nf4Weight, device: torch.device) -> Tensor:
+def as_tensor(weight: Tensor | Nf4Weight, device: torch.device) -> Tensor:
     """A weight (n, D) on a device, dequantised to fp32 where it was quantised before."""
     return nf4.dequantise_reference(weight.copied_to(device)) if isinstance(weight, Nf4Weight) else weight.to(device)
 

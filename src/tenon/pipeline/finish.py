@@ -55,6 +55,7 @@ def finish_slot(
         metrics=metrics,
         parent=_parent(slot.lora.start_from),
         system=slot.data.system,
+        base_format=plan.base_format,
     )
     entry = _register_once(Registry(settings.registry), slot.register_as, folder, draft)
     emit("registered", slot=slot.name, name=entry.name, version=entry.version)

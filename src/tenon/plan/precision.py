@@ -9,13 +9,15 @@ from __future__ import annotations
 from tenon.bases.facts import ModelFacts
 from tenon.errors import PlanError
 from tenon.plan.choices import Choices
-from tenon.plan.memory import stack_shapes
+from tenon.plan.memory import base_bytes, stack_shapes
 from tenon.plan.values import Frozen, MachineFacts, Precision
 from tenon.recipe.load import Loaded
 
 # fp8 arithmetic exists from compute capability 8.9 (Ada) on; its products want sizes of whole sixteens.
 FP8_CAPABILITY = (8, 9)
 FP8_MULTIPLE = 16
+# Share of a GPU's free memory that a base may take which only answers.
+RESIDENT_SHARE = 0.8
 DENSE, INT8 = Frozen(), Frozen(format="int8")
 FP8_TWICE = Frozen(format="fp8", fp8_compute=True, fp8_twice=True)
 FP8_ONCE = Frozen(format="fp8", fp8_compute=True)
@@ -89,6 +91,20 @@ def _automatic(
     if problem:
         choices.reject("a base in fp8", problem)
     return (DENSE, INT8 if problem else FP8_ONCE, nf4)
+
+
+def resident_format(facts: ModelFacts, machine: MachineFacts, precision: Precision) -> Frozen:
+    """What a base that only answers is kept in: unquantised where it leaves room for answers, as training chooses else.
+
+    A CPU keeps it unquantised even where the files are nf4: every token would dequantise them anew.
+    """
+    if machine.device == "cpu":
+        return DENSE
+    problem = _fp8_problem(facts, machine, precision)
+    for frozen in (DENSE, INT8 if problem else FP8_ONCE):
+        if base_bytes(facts, precision, frozen) <= RESIDENT_SHARE * machine.device_memory_bytes:
+            return frozen
+    return Frozen(format="nf4", fp8_compute=not problem)
 
 
 def _fp8_problem(facts: ModelFacts, machine: MachineFacts, precision: Precision) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from tenon.bases.facts import ModelFacts
-from tenon.plan.values import BasePlan, DataPlan, MachineFacts, Plan, Precision
+from tenon.plan.values import BasePlan, DataPlan, Frozen, MachineFacts, Plan, Precision
 from tenon.values import Value
 
 # One chat message in the OpenAI form: role, content, and where present tool_calls, tool_call_id, name,
@@ -50,12 +50,13 @@ class Sampling(Value):
 class Engine(Value):
     """The base and how it computes: what every request but `InspectRequest` needs to load a decoder.
 
-    template: file of a chat template instead of the tokenizer's.
+    frozen: what its linear layers are kept in. template: file of a chat template instead of the tokenizer's.
     """
 
     base: BasePlan
     machine: MachineFacts
     precision: Precision = "fp32"
+    frozen: Frozen = Frozen()
     template: str | None = None
 
     @property

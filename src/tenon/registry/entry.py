@@ -6,6 +6,7 @@ This module does not know where entries are stored, nor tensors.
 from __future__ import annotations
 
 from tenon.errors import AdapterError
+from tenon.plan.values import BaseFormat
 from tenon.runs.checkpoints import FileFacts
 from tenon.runs.results import Metric
 from tenon.values import Value, canonical_json, hash_text
@@ -17,6 +18,7 @@ class EntryDraft(Value):
     run: name of the run that made it. base_spec: the base as it was asked for; base_hash: of its contents. The hashes
     of data, template and recipe are None for an adapter that was made elsewhere. parent: the NAME@VERSION, or the
     folder, that its training started from. system: the system message that rows without one were given in training.
+    base_format: what the base was kept in while it trained; None for an adapter that was made elsewhere.
     """
 
     base_spec: str
@@ -28,6 +30,7 @@ class EntryDraft(Value):
     metrics: tuple[Metric, ...] = ()
     parent: str | None = None
     system: str | None = None
+    base_format: BaseFormat | None = None
 
 
 class Entry(Value):
@@ -36,6 +39,7 @@ class Entry(Value):
     created: unix seconds. rank, alpha, scale: of most of its matrices (`scale` multiplies B A x); targets: the modules
     that it adapts, in forward order; matrices: how many; parameters: of all A and B.
     files: the PEFT files by name. system: see EntryDraft; turns that bring no system message get it again.
+    base_format: see EntryDraft; the adapter may stand on the base in any format.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Entry(Value):
     parameters: int
     files: dict[str, FileFacts]
     system: str | None = None
+    base_format: BaseFormat | None = None
 
     @property
     def label(self) -> str:

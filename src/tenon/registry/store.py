@@ -226,6 +226,7 @@ def _entry(name: str, version: int, folder: Path, facts: AdapterFacts, draft: En
         metrics=draft.metrics,
         parent=draft.parent,
         system=draft.system,
+        base_format=draft.base_format,
         rank=facts.rank,
         alpha=facts.alpha,
         scale=facts.scale,

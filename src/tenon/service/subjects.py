@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from tenon.bases.locate import EMBEDDED
 from tenon.errors import AdapterError, RunError, UsageError
 from tenon.plan.machine import read_machine
+from tenon.plan.precision import resident_format
 from tenon.plan.requests import Engine, Subject
 from tenon.plan.values import BasePlan, DataPlan, Precision, SlotPlan, SourcePlan
 from tenon.registry.entry import Entry, check_base
@@ -234,7 +235,8 @@ def _judged_rows(slot: SlotPlan) -> Rows | None:
 def _engine(base: BasePlan, settings: Settings, template: str | None = None) -> Engine:
     machine = read_machine(settings, run_folder=Path.cwd())
     precision: Precision = "fp32" if machine.device == "cpu" else "bf16" if machine.bf16 else "fp16"
-    return Engine(base=base, machine=machine, precision=precision, template=template)
+    frozen = resident_format(base.facts, machine, precision)
+    return Engine(base=base, machine=machine, precision=precision, frozen=frozen, template=template)
 
 
 def _plain_data(base: BasePlan, system: str | None = None) -> DataPlan:
