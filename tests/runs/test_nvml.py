@@ -128,7 +128,7 @@ def test_names_of_throttle_reasons() -> None:
     ],
 )
 def test_visible_devices(visible: str | None, places: list[int]) -> None:
-    assert visible_places(UUIDS, visible) == places
+    assert visible_places(list(enumerate(UUIDS)), visible) == places
 
 
 def test_a_machine_without_a_driver_says_so() -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tenon.plan.values import MachineFacts
+from tenon.runs.nvml import visible_places
 from tenon.runs.space import free_bytes
 from tenon.settings import Settings
 
@@ -66,7 +67,8 @@ def read_machine(settings: Settings, *, run_folder: Path, probe: Probe | None = 
     probe = probe or this_machine()
     cores = max(1, min(probe.cores, _cgroup_cores(probe.root) or probe.cores))
     host_bytes = _host_memory(probe.root)
-    gpus = _visible(_gpus(probe), settings.visible_devices)
+    found = _gpus(probe)
+    gpus = [found[at] for at in visible_places([(gpu.index, gpu.uuid) for gpu in found], settings.visible_devices)]
     gpu = gpus[0] if gpus else None
     return MachineFacts(
         device="cuda" if gpu else "cpu",
@@ -110,19 +112,6 @@ def _gpus(probe: Probe) -> list[Gpu]:
         return []
     answer = probe.query(NVIDIA_QUERY)
     return parse_gpus(answer) if answer else []
-
-
-def _visible(gpus: list[Gpu], visible_devices: str | None) -> list[Gpu]:
-    """The GPUs in CUDA's order: as listed, up to the first entry that names none."""
-    if visible_devices is None:
-        return gpus
-    chosen: list[Gpu] = []
-    for entry in (part.strip() for part in visible_devices.split(",")):
-        named = [gpu for gpu in gpus if entry and (str(gpu.index) == entry or gpu.uuid.startswith(entry))]
-        if len(named) != 1:
-            break
-        chosen += named
-    return chosen
 
 
 def _run(command: tuple[str, ...]) -> str | None:

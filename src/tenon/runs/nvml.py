@@ -110,20 +110,25 @@ def open_nvml(visible_devices: str | None) -> GpuSensor:
         else:
             hint = "check that `nvidia-smi` lists the GPUs; in a container, start it with --gpus all"
         raise _no_telemetry(str(error), hint=hint) from error
-    places = visible_places(uuids, visible_devices)
+    places = visible_places(list(enumerate(uuids)), visible_devices)
     if not places:
         pynvml.nvmlShutdown()
         raise _no_telemetry("no GPU is visible", hint="unset CUDA_VISIBLE_DEVICES, or name a GPU that exists")
     return NvmlSensor(pynvml, {place: handles[place] for place in places})
 
 
-def visible_places(uuids: Sequence[str], visible_devices: str | None) -> list[int]:
-    """Places of the visible GPUs in CUDA's order: as listed, up to the first entry that names none."""
+def visible_places(gpus: Sequence[tuple[int, str]], visible_devices: str | None) -> list[int]:
+    """Places in `gpus` of the visible ones, in CUDA's order: as listed, up to the first entry that names none.
+
+    gpus: index and UUID of each. visible_devices: CUDA_VISIBLE_DEVICES; None is all.
+    """
     if visible_devices is None:
-        return list(range(len(uuids)))
+        return list(range(len(gpus)))
     chosen: list[int] = []
     for entry in (part.strip() for part in visible_devices.split(",")):
-        named = [place for place, uuid in enumerate(uuids) if entry and (str(place) == entry or uuid.startswith(entry))]
+        named = [
+            at for at, (index, uuid) in enumerate(gpus) if entry and (str(index) == entry or uuid.startswith(entry))
+        ]
         if len(named) != 1:
             break
         chosen += named
