@@ -68,13 +68,15 @@ def test_quantised_as_bitsandbytes_does(
 ) -> None:
     w = weight(shape, dtype, device, heavy=heavy)
     packed, state = bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
-    quantised = nf4.quantise(w)
+    quantised, plain = nf4.quantise(w), nf4.quantise(w, nested=False)
     assert quantised.nested is not None
-    assert torch.equal(quantised.packed_N, packed.view(-1))
+    # The codes of a block of zeros are free; bitsandbytes' CPU and GPU code choose differently.
+    told_N = (plain.absmax_B > 0).repeat_interleave(32)[: len(quantised.packed_N)]
+    assert torch.equal(quantised.packed_N[told_N], packed.view(-1)[told_N])
     assert torch.equal(quantised.nested.map_256, state.state2.code)
     assert torch.equal(quantised.nested.offset, state.offset)
     assert torch.equal(quantised.nested.absmax_C, state.state2.absmax)
-    distance = tie_distance(quantised, nf4.quantise(w, nested=False), state.absmax)
+    distance = tie_distance(quantised, plain, state.absmax)
     assert len(distance) <= 2 + 0.01 * len(state.absmax) and bool((distance < CELL[device]).all())
 
 
