@@ -15,6 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from tenon.kernels.attention_checks import sdpa_error, varlen_error
+from tenon.kernels.frozen_checks import fp8_rows_error, int8_error, nf4_error, nf4_fp8_error
 from tenon.kernels.gpu_errors import first_line
 from tenon.kernels.matmul_checks import bf16_matmul_error, fp8_matmul_error
 
@@ -54,6 +55,12 @@ def kernel_checks() -> tuple[KernelCheck, ...]:
         KernelCheck("matmul bf16", "cpu", bf16_matmul_error, BF16_BOUND, "fp32"),
         KernelCheck("matmul bf16", "cuda", bf16_matmul_error, BF16_BOUND, "fp32"),
         KernelCheck("matmul fp8, a scale a row", "cuda", fp8_matmul_error, BF16_BOUND, "a bf16 base"),
+        KernelCheck("fp8 rows and their transpose", "cuda", fp8_rows_error, FP32_BOUND, "a bf16 base"),
+        KernelCheck("int8 dequantised", "cuda", int8_error, FP32_BOUND),
+        KernelCheck("nf4 dequantised", "cuda", nf4_error, FP32_BOUND),
+        KernelCheck(
+            "nf4 dequantised to fp8, both ways", "cuda", nf4_fp8_error, FP32_BOUND, "products as the precision"
+        ),
         _sdpa("attention math", "cpu", math, instead="nothing: no attention works"),
         _sdpa("attention flash", "cpu", flash),
         _sdpa("attention flash, grouped heads", "cpu", flash, kv_heads=2),

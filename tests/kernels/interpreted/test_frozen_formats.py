@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tenon.kernels import fp8, fp8_triton, int8, int8_triton, nf4, nf4_triton
+from tenon.kernels import fp8, fp8_triton, frozen_checks, int8, int8_triton, nf4, nf4_triton
 
 NARROW = (torch.bfloat16, torch.float16)
 
@@ -134,3 +134,13 @@ def test_nothing_to_do(device: torch.device) -> None:
     fp8_triton.quantise_rows(empty, None, empty, empty[:, 0], fp8_max=fp8.FP8_MAX, smallest_amax=fp8.SMALLEST_AMAX)
     int8_triton.dequantise_rows(empty.to(torch.int8), empty[:, 0], empty)
     fp8_triton.transpose(empty.to(torch.uint8), empty.to(torch.uint8).t())
+
+
+def test_the_doctor_finds_these_kernels_right(device: torch.device, rounds: bool) -> None:
+    """The checks of `tenon doctor`; the interpreter cannot judge narrow results."""
+    bound = 1e-5 if rounds else 0.1
+    assert frozen_checks.int8_error(device) <= bound
+    assert frozen_checks.nf4_error(device) <= bound
+    if rounds:
+        assert frozen_checks.fp8_rows_error(device) <= bound
+        assert frozen_checks.nf4_fp8_error(device) <= bound
