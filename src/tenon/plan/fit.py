@@ -153,7 +153,7 @@ def _what_would_fit(load: Load) -> str:
         tries.append((f"precision={smaller}", _changed(load, precision=smaller)))
     quantised = [] if "nf4" in {one.format for one in load.formats} else [Frozen(format="nf4")]
     fewer_bytes = [(f"precision.base={one.format}", _changed(load, formats=(one,))) for one in quantised]
-    # On a CPU a quantised base is slow: shorter rows are named first.
+    # The bases that a CPU trains are small: shorter rows save more, and are named first.
     tries += fewer_bytes if load.machine.device == "cuda" else []
     tries += [(f"data.max_tokens={tokens}", _changed(load, tokens=tokens)) for tokens in halves]
     if smaller is not None:

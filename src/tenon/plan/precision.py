@@ -21,7 +21,6 @@ RESIDENT_SHARE = 0.8
 DENSE, INT8 = Frozen(), Frozen(format="int8")
 FP8_TWICE = Frozen(format="fp8", fp8_compute=True, fp8_twice=True)
 FP8_ONCE = Frozen(format="fp8", fp8_compute=True)
-_SLOW = "slow on a CPU: dequantised, in plain torch, for every product"
 
 
 def decide_compute(loaded: Loaded, choices: Choices, machine: MachineFacts) -> Precision:
@@ -108,7 +107,7 @@ def resident_format(facts: ModelFacts, machine: MachineFacts, precision: Precisi
 
 
 def _fp8_problem(facts: ModelFacts, machine: MachineFacts, precision: Precision) -> str:
-    """Why fp8 products cannot be made here; "" when they can. A CPU makes them slowly, in any precision."""
+    """Why fp8 products cannot be made here; "" when they can. A CPU imitates them, in any precision."""
     if machine.device == "cpu":
         return ""
     capability = machine.capability
@@ -142,8 +141,8 @@ def explain_base(loaded: Loaded, choices: Choices, frozen: Frozen, *, facts: Mod
 def _how_kept(frozen: Frozen, machine: MachineFacts) -> str:
     if frozen.format == "dense":
         return ""
-    if machine.device == "cpu":
-        return _SLOW
+    if frozen.format == "fp8" and machine.device == "cpu":
+        return "a CPU only imitates fp8: the same rounding, in plain torch, almost twice as slow"
     if frozen.format == "fp8":
         kept = (
             "kept twice, the second time transposed" if frozen.fp8_twice else "kept once, transposed for each backward"
@@ -154,11 +153,11 @@ def _how_kept(frozen: Frozen, machine: MachineFacts) -> str:
 
 def _why(frozen: Frozen, facts: ModelFacts, machine: MachineFacts) -> str:
     if frozen.format == "dense":
-        return "it fits unquantised" if machine.device == "cuda" else "unquantised: other formats are slow on a CPU"
+        return "it fits unquantised" if machine.device == "cuda" else "unquantised: exact, and the fastest on a CPU"
     if facts.stored == frozen.format:
         return "the base's files are nf4 already"
     return "unquantised it does not fit" if frozen.format != "nf4" else "it does not fit otherwise"
 
 
 def _no_fp8(machine: MachineFacts) -> str:
-    return "fp8 is slow on a CPU" if machine.device == "cpu" else "fp8 is not to be had here"
+    return "a CPU only imitates fp8" if machine.device == "cpu" else "fp8 is not to be had here"

@@ -120,7 +120,7 @@ class PrecisionSection(Section):
     base: Literal["auto", "same", "bf16", "fp8", "int8", "nf4"] | None = Field(
         default=None,
         description="Format that the frozen linear layers are kept in; `same` is that of `precision.compute`, `bf16` "
-        "sets both. Embeddings, norms and head are as `precision.compute`. fp8 needs a GPU with it, or a slow CPU.",
+        "sets both. Embeddings, norms and head are as `precision.compute`. fp8 needs a GPU with it; a CPU imitates it.",
     )
     compute: Literal["auto", "fp32", "bf16", "fp16"] | None = Field(
         default=None,
