@@ -150,7 +150,8 @@ def test_the_gpu_multiplies_as_the_cpu_does(
     there = frozen(kind, parts, compute_fp8=compute_fp8, dtype=torch.bfloat16, device="cuda")
     here = frozen(kind, parts, compute_fp8=compute_fp8, dtype=torch.bfloat16)
     x_TD, dy_TO = torch.randn(77, inputs).bfloat16(), torch.randn(77, sum(modules)).bfloat16()
-    assert torch.equal(there.dense(0, sum(modules)).cpu(), here.dense(0, sum(modules)))
+    # The mean absmax of nf4 is summed in another order there.
+    assert error(there.dense(0, sum(modules)).cpu(), here.dense(0, sum(modules))) < (1e-3 if kind == "nf4" else 1e-12)
     assert error(there.apply(x_TD.cuda()).cpu(), here.apply(x_TD)) < 5e-3
     assert error(there.apply_transposed(dy_TO.cuda()).cpu(), here.apply_transposed(dy_TO)) < 5e-3
 
