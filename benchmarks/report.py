@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -46,18 +46,40 @@ def write(name: str, rows: Sequence[Row], *, device: str | None = None, versions
 
     device: what it ran on, this machine's processor when not given. versions: of what ran outside this environment.
     """
-    tree = {
-        "name": name,
-        "device": device or describe_processor(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": current_commit(),
-        "versions": {**installed_versions(), **(versions or {})},
-        "rows": [asdict(row) for row in rows],
-    }
     path = RESULTS / f"{name}.json"
+    write_tree(
+        path,
+        rows,
+        device=device or describe_processor(),
+        date=datetime.now(UTC).date().isoformat(),
+        commit=current_commit(),
+        versions={**installed_versions(), **(versions or {})},
+    )
+    return path
+
+
+def write_tree(
+    path: Path,
+    rows: Sequence[Row],
+    *,
+    device: str,
+    date: str,
+    commit: str,
+    versions: Mapping[str, str],
+    more: Mapping[str, object] | None = None,
+) -> None:
+    """Write a result file, all of whose facts are given. more: what it keeps beside the rows."""
+    tree = {
+        "name": path.stem,
+        "device": device,
+        "date": date,
+        "commit": commit,
+        "versions": dict(versions),
+        "rows": [asdict(row) for row in rows],
+        **(more or {}),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    return path
 
 
 def describe_processor() -> str:

@@ -34,6 +34,11 @@ class Machine:
     versions: dict[str, str]
 
     @property
+    def title(self) -> str:
+        """Device and driver in words."""
+        return f"{self.device}, driver {self.driver}" if self.driver else self.device
+
+    @property
     def key(self) -> str:
         """A short name that equal machines share."""
         text = repr((self.device, self.driver, sorted(self.versions.items())))

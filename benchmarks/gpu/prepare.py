@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import random
 import shutil
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from tenon.settings import read_settings
 
 BASE = "smollm2-135m"
 PIECES = 2
+PADDING = "<|endoftext|>"
 # Sizes of a real model's folder that are no part of its tokenizer.
 _WEIGHTS_AND_CONFIG = {"model.safetensors", "config.json", "generation_config.json"}
 
@@ -65,11 +67,15 @@ def render_csv(path: Path, renderer: Renderer) -> list[Row]:
 
 
 def copy_tokenizer(folder: Path, target: Path) -> None:
-    """The small files of a base's folder that are not its configuration."""
+    """The small files of a base's folder that are not its configuration; a token of its own for padding, as some
+    peers ask for.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for file in folder.iterdir():
         if file.name not in _WEIGHTS_AND_CONFIG:
             shutil.copy(file, target / file.name)
+    config = target / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text("utf-8")), "pad_token": PADDING}, indent=2), "utf-8")
 
 
 def cut(path: Path, folder: Path, pieces: int) -> Sequence[Path]:

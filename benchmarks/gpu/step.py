@@ -2,7 +2,8 @@
 
 Each measurement is a process of its own; ours and the peers of a work take turns, `--repeat` times; figures are
 medians. What is measured already on this machine with this code is not measured again, so that the works can be
-spread over several calls: results add up in one file. `--merge FILE` takes a file from another machine in.
+spread over several calls: results add up in one file. Results of another machine are taken in by
+`python -m benchmarks.gpu.adopt FOLDER`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ _NEEDED = {
     "unsloth": "unsloth",
     "unsloth4": "unsloth",
 }
+# Processes are given the same allocator, and threads that wait without spinning.
+_ENVIRONMENT = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "OMP_WAIT_POLICY": "PASSIVE"}
 _PEERS = REPOSITORY / "benchmarks" / "peers"
 
 
@@ -78,11 +81,7 @@ class Bench:
 
         extra: more of its environment.
         """
-        environment = {
-            **os.environ,
-            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-            "OMP_WAIT_POLICY": "PASSIVE",
-        }
+        environment = {**os.environ, **_ENVIRONMENT, **extra}
         if peer:
             environment["PYTHONPATH"] = self.peer_path
         folder = self.work_folder if peer else REPOSITORY
@@ -101,7 +100,6 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=0, help="measured steps a process; 0: the work's own")
     parser.add_argument("--again", action="store_true", help="forget what was measured of the chosen works and systems")
     parser.add_argument("--results", type=Path, default=RESULTS / "gpu_step.json")
-    parser.add_argument("--merge", type=Path, help="take in a result file from another machine, and measure nothing")
     parser.add_argument("--show", action="store_true", help="print the table, and measure nothing")
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--peer-path", default="", help="folder of the peers' packages")
@@ -121,11 +119,7 @@ def main(words: Sequence[str] | None = None) -> int:
     a = parse(words)
     console = Console(width=None if sys.stdout.isatty() else 180)
     records = read_records(a.results)
-    if a.merge:
-        records.merge(read_records(a.merge))
-        records.stamp(current_commit(), [code_hash(OUR_CODE), code_hash(PEER_CODE)])
-        save(a.results, records)
-    elif not a.show:
+    if not a.show:
         bench = open_bench(a)
         works = choose(a.only)
         if a.again:

@@ -5,9 +5,7 @@ This module reads records and runs nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +13,7 @@ from rich.table import Table
 
 from benchmarks.gpu.records import Key, Records
 from benchmarks.gpu.works import WORKS, Peer, Work
-from benchmarks.report import Row, at_least, at_most
+from benchmarks.report import Row, at_least, at_most, write_tree
 
 OUR_SETTINGS = "memory: auto"
 
@@ -69,18 +67,15 @@ def save(path: Path, records: Records, works: Sequence[Work] = WORKS) -> None:
     """Write the result file: figures, and every repetition that they are medians of."""
     newest = records.repetitions[-1]
     machine = records.machines[newest.machine]
-    driver = f", driver {machine.driver}" if machine.driver else ""
-    tree = {
-        "name": path.stem,
-        "device": f"{machine.device}{driver}",
-        "date": newest.date[:10],
-        "commit": newest.commit,
-        "versions": machine.versions,
-        "rows": [asdict(row) for row in report_rows(records, works)],
-        **records.tree(),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    write_tree(
+        path,
+        report_rows(records, works),
+        device=machine.title,
+        date=newest.date[:10],
+        commit=newest.commit,
+        versions=machine.versions,
+        more=records.tree(),
+    )
 
 
 def make_table(records: Records, works: Sequence[Work] = WORKS) -> Table:
@@ -152,6 +147,6 @@ def show(console: Console, records: Records, works: Sequence[Work] = WORKS) -> N
     console.print(make_table(records, works))
     for key in sorted({one.machine for one in records.repetitions}):
         machine = records.machines[key]
-        console.print(f"{machine.device}, driver {machine.driver or 'none'}: {machine.versions}", style="dim")
+        console.print(f"{machine.title}: {machine.versions}", style="dim")
     for name in apart(records, works):
         console.print(f"{name}: ours and the peers were not measured in the same calls", style="yellow")

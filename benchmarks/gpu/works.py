@@ -33,7 +33,7 @@ class Shape:
 SHAPES = {
     "8b": Shape("8B", 32, 4096, 32, 8, 14336, 128256, tied_head=False),  # Llama-3.1-8B
     "1b": Shape("1B", 16, 2048, 32, 8, 8192, 128256, tied_head=True),  # Llama-3.2-1B
-    "tiny": Shape("tiny", 2, 128, 4, 2, 256, 512, tied_head=True),  # to try the scripts on a CPU
+    "tiny": Shape("tiny", 2, 128, 4, 2, 256, 49152, tied_head=True),  # to try the scripts on a CPU
 }
 
 
