@@ -43,6 +43,11 @@ class Repetition:
         """Which measurement it repeats."""
         return self.work, self.system, self.settings
 
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What no two processes share; the commit is no part of it, since it may be written in later."""
+        return self.key, self.machine, self.code, self.call, self.date, self.wall_s
+
 
 @dataclass(slots=True)
 class Records:
@@ -54,7 +59,7 @@ class Records:
     def add(self, repetition: Repetition, machine: Machine) -> None:
         """Take a repetition in, once."""
         self.machines[machine.key] = machine
-        if repetition not in self.repetitions:
+        if all(one.identity != repetition.identity for one in self.repetitions):
             self.repetitions.append(repetition)
 
     def merge(self, other: Records) -> None:
