@@ -109,7 +109,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--shape", default="", help="instead of every work's own; tiny tries the scripts on a CPU")
     a = parser.parse_args(words)
-    if (a.shape or a.device == "cpu") and a.results == parser.get_default("results"):
+    if (a.shape or a.device == "cpu") and a.results.resolve().parent == RESULTS.resolve():
         parser.error("--shape and --device cpu only try the scripts: name another file with --results")
     return a
 
