@@ -68,6 +68,20 @@ class AttentionLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class SlotRoutes:
+    """Which slot the tokens belong to, as fused kernels read it: int64 on the device.
+
+    tiles_N3: (slot or NO_SLOT, start, stop) of tiles of tokens. chunks_C3: the same of longer runs. segments_M3: (slot,
+    first chunk, the one after its last) of each run that has a slot. whole: each of these has one chunk.
+    """
+
+    tiles_N3: Tensor
+    chunks_C3: Tensor
+    segments_M3: Tensor
+    whole: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One forward pass.
 
@@ -81,8 +95,7 @@ class Batch:
     shared). positions_end: no position is as large.
     draw_T: int32 random key of each token for dropout (None without dropout): depends on (seed, step, row, position)
     alone, never on how rows were packed.
-    tiles_N3, segments_M3: int64 (slot or NO_SLOT, start, stop) of tiles of tokens, and of the runs that have a slot; on
-    the device, for fused kernels alone.
+    routes: which slot tiles of tokens belong to, for fused kernels alone.
     """
 
     ids_T: Tensor
@@ -97,8 +110,7 @@ class Batch:
     row_tokens: int
     positions_end: int
     draw_T: Tensor | None = None
-    tiles_N3: Tensor | None = None
-    segments_M3: Tensor | None = None
+    routes: SlotRoutes | None = None
 
     @property
     def tokens(self) -> int:

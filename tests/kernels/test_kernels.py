@@ -72,9 +72,8 @@ def test_swiglu_and_its_gradient(shape: tuple[int, int]) -> None:
     dy = torch.randn_like(reference)
     reference.backward(dy)
     torch.testing.assert_close(swiglu(Sum(x.detach(), None), fuse=False), reference)
-    d_gate_up, h = swiglu_backward(Sum(dy.clone(), None), Sum(x.detach().clone(), None), fuse=False)
+    d_gate_up = swiglu_backward(Sum(dy.clone(), None), Sum(x.detach().clone(), None), None, None, fuse=False)
     torch.testing.assert_close(d_gate_up, x.grad)
-    torch.testing.assert_close(h, reference)
 
 
 @pytest.mark.parametrize(("tokens", "heads", "size"), [(1, 1, 2), (5, 3, 8), (0, 2, 4)])
@@ -108,7 +107,9 @@ def test_heads_and_the_gradient_of_their_projection(norms: bool, turns: bool) ->
     made = make_heads(Sum(x.detach().clone(), None), turn, shape, fuse=False)
     torch.testing.assert_close((made.q_THE, made.k_TKE, made.v_TKE), (q.detach(), k.detach(), v.detach()))
     kept = Heads(made.q_THE, made.k_TKE, made.v_TKE, x.detach() if norms else None)
-    torch.testing.assert_close(make_heads_backward(*grads, kept, turn, shape, fuse=False), x.grad)
+    torch.testing.assert_close(
+        make_heads_backward((grads[0], grads[1], grads[2]), kept, turn, shape, fuse=False), x.grad
+    )
 
 
 def make_parts(sizes: list[int], inputs: int, outs: tuple[int, ...], *, drop: float, trained: bool) -> list[LoraPart]:

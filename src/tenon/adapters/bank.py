@@ -24,6 +24,7 @@ from tenon.bases.facts import ModelFacts, parse_site, site_name
 from tenon.batch import Batch
 from tenon.errors import AdapterError
 from tenon.kernels.low_rank import LoraGroup, LoraMember, LoraPart, LowRank, Routes, site_table
+from tenon.models.decoder import Rider
 from tenon.models.weights import STACKS
 
 Initialisation = Literal["kaiming", "gaussian", "orthogonal"]
@@ -70,7 +71,7 @@ class Slot:
     """One adapter in the bank.
 
     parameters_P, gradients_P: flat fp32; gradients_P is None for a slot that is only used. a_parameters: how many of
-    the first elements belong to A matrices (LoRA+ gives the rest another learning rate).
+    the first elements belong to A matrices (LoRA+ gives the rest another learning rate). version: counts refreshes.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Slot:
         self.gradients_P = torch.zeros_like(self.parameters_P) if trained else None
         self._compute_P = self.parameters_P if dtype == torch.float32 else self.parameters_P.to(dtype)
         self.groups = _make_groups(self, facts)
+        self.version = 0
 
     @property
     def lowest_layer(self) -> int:
@@ -102,6 +104,7 @@ class Slot:
 
     def refresh(self) -> None:
         """Bring the shadow copy in the compute dtype up to date; call after the parameters changed."""
+        self.version += 1
         if self._compute_P is not self.parameters_P:
             self._compute_P.copy_(self.parameters_P)
 
@@ -204,6 +207,13 @@ class AdapterBank:
         """See `models.decoder.Bank.lowest_layer`."""
         slots = [self.slots[segment.slot] for segment in batch.segments if segment.slot >= 0]
         return min((slot.lowest_layer for slot in slots if slot.gradients_P is not None), default=self.facts.layers)
+
+    def rider(self, batch: Batch) -> Rider | None:
+        """See `models.decoder.Bank.rider`."""
+        if len(batch.segments) != 1 or batch.segments[0].slot < 0:
+            return None
+        slot = self.slots[batch.segments[0].slot]
+        return None if slot.shape.dropout > 0.0 else Rider((id(slot), slot.version), slot.groups)
 
     def low_rank(self, layer: int, stack: str, batch: Batch, routes: Routes | None) -> LowRank | None:
         """See `models.decoder.Bank.low_rank`. Raises KeyError for a slot that is not in the bank."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tenon.batch import IGNORE, AttentionGroup, AttentionLayout, Batch, PackedRows, Segment
+from tenon.batch import IGNORE, AttentionGroup, AttentionLayout, Batch, PackedRows, Segment, SlotRoutes
 from tenon.kernels.dropout import mix32
 
 
@@ -173,9 +173,8 @@ def _batch(rows: list[PackRow], prefixes: dict[int, int], device: torch.device, 
     draws = np.repeat(np.array([p.row.draw for p in pieces], dtype=np.int32), [p.length for p in pieces])
     supervised = np.flatnonzero(labels != IGNORE)
     segments = _segments(pieces)
-    ids_T, labels_T, positions_T, supervised_L, tiles, runs = upload(
-        [ids, labels, positions, supervised, *list_routes(segments, options.tile_tokens)], device
-    )
+    listed = list_routes(segments, options.tile_tokens)
+    ids_T, labels_T, positions_T, supervised_L, *routes = upload([ids, labels, positions, supervised, *listed], device)
     return Batch(
         ids_T=ids_T,
         positions_T=positions_T,
@@ -189,20 +188,39 @@ def _batch(rows: list[PackRow], prefixes: dict[int, int], device: torch.device, 
         row_tokens=sum(len(row.ids) for row in rows),
         positions_end=max(p.stop for p in pieces),
         draw_T=_token_draws(draws, positions).to(device) if options.dropout else None,
-        tiles_N3=tiles.view(-1, 3) if options.tile_tokens else None,
-        segments_M3=runs.view(-1, 3) if options.tile_tokens else None,
+        routes=slot_routes(routes, listed) if options.tile_tokens else None,
     )
 
 
-def list_routes(segments: tuple[Segment, ...], tile_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which slot each tile of tokens, and each run of tokens, belongs to: flat (slot, start, stop) triples."""
+# Tokens from which a gradient's sum over tokens is cut into chunks, and how many: so that all of a GPU has work.
+_WHOLE_TOKENS = 2_048
+_CHUNKS = 8
+
+
+def list_routes(segments: tuple[Segment, ...], tile_tokens: int) -> list[np.ndarray]:
+    """Flat int64 triples for `SlotRoutes`: tiles, chunks, segments; all empty without tiles."""
     if not tile_tokens:
-        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    tiles = [
-        (s.slot, at, min(at + tile_tokens, s.stop)) for s in segments for at in range(s.start, s.stop, tile_tokens)
-    ]
-    runs = [(s.slot, s.start, s.stop) for s in segments if s.slot >= 0]
-    return np.array(tiles, dtype=np.int64).reshape(-1), np.array(runs, dtype=np.int64).reshape(-1)
+        return [np.zeros(0, dtype=np.int64)] * 3
+    tokens = segments[-1].stop if segments else 0
+    chunk = tokens if tokens <= _WHOLE_TOKENS else -(-tokens // (_CHUNKS * tile_tokens)) * tile_tokens
+    chunks, runs = _cut(segments, chunk), []
+    for s in segments:
+        if s.slot >= 0:
+            inside = [i for i, (_, start, _) in enumerate(chunks) if s.start <= start < s.stop]
+            runs.append((s.slot, inside[0], inside[-1] + 1))
+    return [np.array(x, dtype=np.int64).reshape(-1) for x in (_cut(segments, tile_tokens), chunks, runs)]
+
+
+def _cut(segments: tuple[Segment, ...], length: int) -> list[tuple[int, int, int]]:
+    """Runs of at most `length` tokens of one slot."""
+    return [(s.slot, at, min(at + length, s.stop)) for s in segments for at in range(s.start, s.stop, length)]
+
+
+def slot_routes(tensors: Sequence[torch.Tensor], listed: Sequence[np.ndarray]) -> SlotRoutes:
+    """What `list_routes` listed, with the same on the device."""
+    tiles, chunks, runs = (tensor.view(-1, 3) for tensor in tensors)
+    bounds = listed[2].reshape(-1, 3)
+    return SlotRoutes(tiles, chunks, runs, bool((bounds[:, 2] - bounds[:, 1] == 1).all()))
 
 
 def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:

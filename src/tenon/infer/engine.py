@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tenon.batch import IGNORE, NO_SLOT, AttentionLayout, Batch, Segment
-from tenon.data.pack import list_routes, upload
+from tenon.data.pack import list_routes, slot_routes, upload
 from tenon.errors import AdapterError, BaseModelError
 from tenon.infer.requests import Completion, FinishReason, OnFinish, OnToken, Request
 from tenon.infer.sampling import Draw, sample
@@ -265,7 +265,8 @@ def _inference_batch(passing: list[_Taken], positions_T: Tensor, tile_tokens: in
             start = segments.pop().start
         segments.append(Segment(taken.slot, start, stop))
         bounds.append(stop)
-    (ids_T, *routes) = upload([np.array(ids), *list_routes(tuple(segments), tile_tokens)], positions_T.device)
+    listed = list_routes(tuple(segments), tile_tokens)
+    ids_T, *routes = upload([np.array(ids), *listed], positions_T.device)
     return Batch(
         ids_T=ids_T,
         positions_T=positions_T,
@@ -278,8 +279,7 @@ def _inference_batch(passing: list[_Taken], positions_T: Tensor, tile_tokens: in
         supervised_L=ids_T.new_zeros(0),
         row_tokens=len(ids),
         positions_end=max(taken.position + len(taken.ids) for taken in passing),
-        tiles_N3=routes[0].view(-1, 3) if tile_tokens else None,
-        segments_M3=routes[1].view(-1, 3) if tile_tokens else None,
+        routes=slot_routes(routes, listed) if tile_tokens else None,
     )
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -74,12 +74,15 @@ class LoraPart:
 class Routes:
     """Which slot each token belongs to, as the kernels read it; made once for a batch.
 
-    tiles_N3: int64 (slot or -1, start, stop) of runs of at most TILE tokens. segments_M3: the same of whole slots.
-    draw_T: dropout keys of all tokens, or None.
+    tiles_N3: int64 (slot or -1, start, stop) of runs of at most TILE tokens. chunks_C3: the same of longer runs, over
+    which gradients are summed. segments_M3: (slot, first chunk, chunk after its last) of each slot. whole: every slot
+    has one chunk. draw_T: dropout keys of all tokens, or None.
     """
 
     tiles_N3: Tensor
+    chunks_C3: Tensor
     segments_M3: Tensor
+    whole: bool
     draw_T: Tensor | None
 
 
@@ -88,7 +91,9 @@ class LowRank:
     """All slots' additions at one stacked weight, for one batch.
 
     bounds: where each module's outputs begin, and the end. width: W. rank: the widest rank of one module. table_SF:
-    int64 facts of every slot (see `site_table`); routes and table_SF are None where kernels are not fused.
+    int64 facts of every slot (see `site_table`); routes and table_SF are None where kernels are not fused. rides: the
+    one slot's matrices lie in the border of the frozen weight, and its low-rank activations in the tails of the rows,
+    so that both sums are made by the frozen product itself (see `room`).
     """
 
     parts: tuple[LoraPart, ...]
@@ -97,6 +102,19 @@ class LowRank:
     rank: int
     routes: Routes | None = None
     table_SF: Tensor | None = None
+    rides: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether the products are torch's own: kernels are not fused, or parts are so long that its own are faster."""
+        long = all(part.stop - part.start >= _LONG_TOKENS and part.draw_T is None for part in self.parts)
+        return self.routes is None or self.table_SF is None or long
+
+
+# Tokens from which torch's product of one part is faster than the share of a kernel that takes all parts at once.
+_LONG_TOKENS = 2048
+# Elements of a line of memory, in half precision.
+LINE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +139,12 @@ class Sum:
             _add(self.y_TO, self.addend)
             self.addend = None
         return self.y_TO
+
+
+def settle_if_long(total: Sum) -> None:
+    """Add the term now where torch's own product does it faster than a kernel that adds it while it reads."""
+    if total.addend is not None and total.addend.low.plain:
+        total.settled()
 
 
 # ---- tables for the kernels -----------------------------------------------------------------------------------------
@@ -160,6 +184,37 @@ def _float_bits(value: float) -> int:
     return struct.unpack("<i", struct.pack("<f", value))[0]
 
 
+# ---- tails ----------------------------------------------------------------------------------------------------------
+
+
+def room(like_TX: Tensor, columns: int, low: LowRank | None) -> Tensor:
+    """(T, columns), not initialised; with a tail of low.width columns behind each row where low rides.
+
+    [x, low] [W, s B]^T = W x + s B low: with x's low-rank activations in its tail and s B in the weight's border, one
+    product makes the sum; likewise [dy, d_low] [W; A] = dy W + d_low A on the way back.
+    """
+    tail = low.width if low is not None and low.rides else 0
+    # Rows begin at whole lines of 128 bytes: products read others up to 12% slower.
+    stride = -(-(columns + tail) // LINE) * LINE if tail else columns
+    return like_TX.new_empty(like_TX.shape[0], stride)[:, :columns]
+
+
+def whole(x_TC: Tensor, low: LowRank) -> Tensor:
+    """(T, C + W): the rows with their tails."""
+    return x_TC.as_strided((x_TC.shape[0], x_TC.shape[1] + low.width), (x_TC.stride(0), 1))
+
+
+def _low_room(x_TC: Tensor, low: LowRank) -> Tensor:
+    """(T, W) for low-rank activations: the tail of x where low rides, zero where the slot has no rank."""
+    if not low.rides:
+        return x_TC.new_empty(x_TC.shape[0], low.width)
+    tail_TW = whole(x_TC, low)[:, x_TC.shape[1] :]
+    rank = low.parts[0].group.a_RD.shape[0]
+    if rank < low.width:
+        tail_TW[:, rank:].zero_()
+    return tail_TW
+
+
 # ---- the products ---------------------------------------------------------------------------------------------------
 
 
@@ -179,37 +234,46 @@ def lora_linear_reference(
 
 
 def project(x_TD: Tensor, low: LowRank | None) -> Tensor | None:
-    """low (T, W): each slot's A times the inputs of its tokens. Columns beyond a slot's rank are not defined."""
+    """low (T, W): each slot's A times the inputs of its tokens. Columns beyond a slot's rank are not defined.
+
+    Where low rides, it is written into x's tail too.
+    """
     if low is None:
         return None
-    low_TW = x_TD.new_empty(x_TD.shape[0], low.width)
-    if low.routes is not None and low.table_SF is not None:
+    low_TW = _low_room(x_TD, low)
+    if low.routes is not None and low.table_SF is not None and not low.plain:
         fused.project(x_TD, low_TW, low.routes, low.table_SF)
         return low_TW
     for part in low.parts:
-        rank = part.group.a_RD.shape[0]
-        low_TW[part.start : part.stop, :rank] = _dropped(x_TD, part) @ part.group.a_RD.t()
-    return low_TW
+        out = low_TW[part.start : part.stop, : part.group.a_RD.shape[0]]
+        torch.mm(_dropped(x_TD, part), part.group.a_RD.t(), out=out)
+    # A tape that holds the tail would hold all of x.
+    return low_TW.contiguous() if low.rides else low_TW
+
+
+def project_apart(x_TD: Tensor, low: LowRank | None) -> Tensor | None:
+    """`project` of inputs that have no tail, whether low rides or not."""
+    return project(x_TD, low if low is None or not low.rides else replace(low, rides=False))
 
 
 def project_back(dy_TO: Tensor, low: LowRank) -> Tensor:
-    """d_low (T, W): each slot's s B^T times the gradients of its tokens' outputs."""
-    d_low_TW = dy_TO.new_empty(dy_TO.shape[0], low.width)
-    if low.routes is not None and low.table_SF is not None:
+    """d_low (T, W): each slot's s B^T times the gradients of its tokens' outputs; in dy's tail where low rides."""
+    d_low_TW = _low_room(dy_TO, low)
+    if low.routes is not None and low.table_SF is not None and not low.plain:
         fused.project_back(dy_TO, d_low_TW, low.bounds, low.rank, low.routes, low.table_SF)
         return d_low_TW
     for part in low.parts:
         rows = slice(part.start, part.stop)
         for m in part.group.members:
-            d_low = dy_TO[rows, m.out_start : m.out_stop] @ m.b_OR
-            torch.mul(d_low, m.scale, out=d_low_TW[rows, m.rank_start : m.rank_stop])
+            out = d_low_TW[rows, m.rank_start : m.rank_stop]
+            torch.addmm(out, dy_TO[rows, m.out_start : m.out_stop], m.b_OR, beta=0, alpha=m.scale, out=out)
     return d_low_TW
 
 
 def add_gradient_b(dy_TO: Tensor, low_TW: Tensor, low: LowRank) -> None:
     """dB += s dy^T low, into each group's buffer, in fp32."""
     if low.routes is not None and low.table_SF is not None:
-        fused.add_gradient_b(dy_TO, low_TW, low.bounds, low.rank, low.routes, low.table_SF)
+        fused.add_gradient(dy_TO, low_TW, low.bounds, low.rank, low.routes, low.table_SF, inputs=False)
         return
     for part in low.parts:
         rows = slice(part.start, part.stop)
@@ -222,7 +286,8 @@ def add_gradient_b(dy_TO: Tensor, low_TW: Tensor, low: LowRank) -> None:
 def add_gradient_a(x_TD: Tensor, d_low_TW: Tensor, low: LowRank) -> None:
     """dA += d_low^T drop(x), into each group's buffer, in fp32."""
     if low.routes is not None and low.table_SF is not None:
-        fused.add_gradient_a(x_TD, d_low_TW, low.routes, low.table_SF)
+        bounds = (0, x_TD.shape[1])
+        fused.add_gradient(x_TD, d_low_TW, bounds, low.width, low.routes, low.table_SF, inputs=True)
         return
     for part in low.parts:
         if part.group.grad_a_RD is not None:
@@ -233,7 +298,7 @@ def add_gradient_a(x_TD: Tensor, d_low_TW: Tensor, low: LowRank) -> None:
 def _add(y_TO: Tensor, addend: Addend) -> None:
     """Add the term in place, in a pass of its own."""
     low = addend.low
-    if low.routes is not None and low.table_SF is not None:
+    if low.routes is not None and low.table_SF is not None and not low.plain:
         fused.add(y_TO, addend.low_TW, low.bounds, low.rank, low.routes, low.table_SF, back=addend.back)
         return
     for part in low.parts:

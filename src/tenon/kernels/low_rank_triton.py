@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tenon.kernels.gpu import ceil_div, jit, power_of_two, tl
@@ -53,18 +54,36 @@ def keep(keys, salt, columns, threshold):
 
 @jit
 def low_rank_block(
-    low_ptr, stride, rows, row_mask, matrix_ptr, step_r, step_c, columns, column_mask, rank, RANK: tl.constexpr
+    low_ptr,
+    stride,
+    rows,
+    row_mask,
+    matrix_ptr,
+    step_r,
+    step_c,
+    columns,
+    column_mask,
+    rank,
+    RANK: tl.constexpr,
 ):
-    """low (rows, RANK) times a matrix whose element (r, c) lies at r step_r + c step_c: (rows, columns) fp32."""
-    r = tl.arange(0, RANK)
-    r_mask = r < rank
-    low = tl.load(low_ptr + rows[:, None] * stride + r[None, :], mask=row_mask[:, None] & r_mask[None, :], other=0.0)
-    matrix = tl.load(
-        matrix_ptr + r[:, None] * step_r + columns[None, :].to(tl.int64) * step_c,
-        mask=r_mask[:, None] & column_mask[None, :],
-        other=0.0,
-    )
-    return tl.dot(low, matrix, input_precision="ieee")
+    """low (rows, rank) times a matrix whose element (r, c) lies at r step_r + c step_c: (rows, columns) fp32.
+
+    RANK ranks at a time, so that a slot of small rank does not pay for a large one beside it.
+    """
+    acc = tl.zeros((rows.shape[0], columns.shape[0]), dtype=tl.float32)
+    for first in range(0, rank, RANK):
+        r = first + tl.arange(0, RANK)
+        inside = r < rank
+        low = tl.load(
+            low_ptr + rows[:, None] * stride + r[None, :], mask=row_mask[:, None] & inside[None, :], other=0.0
+        )
+        matrix = tl.load(
+            matrix_ptr + r[:, None] * step_r + columns[None, :].to(tl.int64) * step_c,
+            mask=inside[:, None] & column_mask[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(low, matrix, acc, input_precision="ieee")
+    return acc
 
 
 @jit
@@ -80,16 +99,7 @@ def member_block(low_ptr, stride, rows, row_mask, site, member, columns, column_
 
 @jit
 def input_block(
-    low_ptr,
-    stride,
-    rows,
-    row_mask,
-    site,
-    columns,
-    width,
-    draw_ptr,
-    RANK: tl.constexpr,
-    DROP: tl.constexpr,
+    low_ptr, stride, rows, row_mask, site, columns, width, draw_ptr, RANK: tl.constexpr, DROP: tl.constexpr
 ):
     """drop'(A^T d_low) for a block of inputs: (rows, columns) fp32. width: all inputs."""
     a_ptr = tl.load(site).to(low_ptr.dtype)
@@ -100,6 +110,41 @@ def input_block(
         stays = keep(keys, tl.load(site + 5), columns, tl.load(site + 3))
         term = tl.where(stays, term * bits_to_float(tl.load(site + 4)), 0.0)
     return term
+
+
+@jit
+def locate(pid, bound_0, bound_1, bound_2, bound_3, COLUMNS: tl.constexpr):
+    """(module, its first output, its outputs, the block's columns within it) of a block of columns.
+
+    Blocks are counted module by module, so that none lies across two.
+    """
+    blocks_0, blocks_1 = tl.cdiv(bound_1 - bound_0, COLUMNS), tl.cdiv(bound_2 - bound_1, COLUMNS)
+    member = tl.where(pid < blocks_0, 0, tl.where(pid < blocks_0 + blocks_1, 1, 2))
+    block = pid - tl.where(member == 0, 0, tl.where(member == 1, blocks_0, blocks_0 + blocks_1))
+    first = tl.where(member == 0, bound_0, tl.where(member == 1, bound_1, bound_2))
+    outputs = tl.where(member == 0, bound_1, tl.where(member == 1, bound_2, bound_3)) - first
+    return member, first, outputs, block * COLUMNS + tl.arange(0, COLUMNS)
+
+
+@jit
+def gradient_facts(site, member, INPUTS: tl.constexpr):
+    """(address, rank, place of its ranks in low, scale) of a gradient: of A, or of one module's B."""
+    if INPUTS:
+        return tl.load(site + 1), tl.load(site + 2).to(tl.int32), tl.load(site + 1) * 0, 1.0
+    at = site + 6 + member * 5
+    return tl.load(at + 1), tl.load(at + 2).to(tl.int32), tl.load(at + 3), bits_to_float(tl.load(at + 4))
+
+
+@jit
+def add_to_gradient(address, acc, r, columns, rank, width, INPUTS: tl.constexpr):
+    """Add (ranks, columns) of fp32 to a gradient: A is (rank, width), B is (width, rank), row after row."""
+    grad_ptr = address.to(tl.pointer_type(tl.float32))
+    mask = (r < rank)[:, None] & (columns < width)[None, :]
+    if INPUTS:
+        target = grad_ptr + r[:, None].to(tl.int64) * width + columns[None, :]
+    else:
+        target = grad_ptr + columns[None, :].to(tl.int64) * rank + r[:, None]
+    tl.store(target, tl.load(target, mask=mask, other=0.0) + acc, mask=mask)
 
 
 @jit
@@ -123,8 +168,9 @@ def _project_kernel(
         site = table_ptr + slot * FIELDS
         a_ptr = tl.load(site).to(low_ptr.dtype)
         rank = tl.load(site + 2).to(tl.int32)
-        r = tl.arange(0, RANK)
+        r = tl.program_id(1) * RANK + tl.arange(0, RANK)
         acc = tl.zeros((ROWS, RANK), dtype=tl.float32)
+        width = tl.where(tl.program_id(1) * RANK < rank, width, 0)
         if DROP:
             keys = tl.load(draw_ptr + rows, mask=row_mask, other=0)
             salt, threshold = tl.load(site + 5), tl.load(site + 3)
@@ -172,8 +218,8 @@ def _project_back_kernel(
         at = table_ptr + slot * FIELDS + 6 + member * 5
         b_ptr = tl.load(at).to(low_ptr.dtype)
         rank = tl.load(at + 2).to(tl.int32)
-        if rank > 0:
-            r = tl.arange(0, RANK)
+        if tl.program_id(2) * RANK < rank:
+            r = tl.program_id(2) * RANK + tl.arange(0, RANK)
             acc = tl.zeros((ROWS, RANK), dtype=tl.float32)
             outputs = end - begin
             for start in range(0, outputs, DEPTH):
@@ -194,107 +240,95 @@ def _project_back_kernel(
 
 
 @jit
-def _gradient_a_kernel(
+def _gradient_kernel(
     x_ptr,
     x_stride,
     low_ptr,
     low_stride,
-    segments_ptr,
+    partial_ptr,
+    chunks_ptr,
     table_ptr,
     draw_ptr,
-    width,
+    bound_0,
+    bound_1,
+    bound_2,
+    bound_3,
+    ranks,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     RANK: tl.constexpr,
+    INPUTS: tl.constexpr,
+    DIRECT: tl.constexpr,
     DROP: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
-    segment = segments_ptr + 3 * tl.program_id(1)
-    site = table_ptr + tl.load(segment) * FIELDS
-    gradient = tl.load(site + 1)
-    begin, end = tl.load(segment + 1), tl.load(segment + 2)
-    if gradient != 0:
-        grad_ptr = gradient.to(tl.pointer_type(tl.float32))
-        rank = tl.load(site + 2).to(tl.int32)
-        r = tl.arange(0, RANK)
-        d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-        acc = tl.zeros((RANK, COLUMNS), dtype=tl.float32)
+    member, first, outputs, columns = locate(tl.program_id(0), bound_0, bound_1, bound_2, bound_3, COLUMNS)
+    chunk = chunks_ptr + 3 * tl.program_id(1)
+    slot = tl.load(chunk)
+    if slot >= 0:
+        site = table_ptr + slot * FIELDS
+        address, rank, low_start, scale = gradient_facts(site, member, INPUTS)
+        r = tl.program_id(2) * RANK + tl.arange(0, RANK)
+        begin, end = tl.load(chunk + 1), tl.load(chunk + 2)
+        end = tl.where((address != 0) & (tl.program_id(2) * RANK < rank), end, begin)
         if DROP:
             salt, threshold = tl.load(site + 5), tl.load(site + 3)
-            scale = bits_to_float(tl.load(site + 4))
+            keep_scale = bits_to_float(tl.load(site + 4))
+        acc = tl.zeros((RANK, COLUMNS), dtype=tl.float32)
         for start in range(begin, end, DEPTH):
-            t = start + tl.arange(0, DEPTH)
-            inside = t < end
-            rows = t.to(tl.int64)
+            rows = start + tl.arange(0, DEPTH)
+            inside = rows < end
             low = tl.load(
-                low_ptr + rows[None, :] * low_stride + r[:, None], mask=inside[None, :] & (r < rank)[:, None], other=0.0
+                low_ptr + rows[None, :] * low_stride + low_start + r[:, None],
+                mask=inside[None, :] & (r < rank)[:, None],
+                other=0.0,
             )
             x = tl.load(
-                x_ptr + rows[:, None] * x_stride + d[None, :], mask=inside[:, None] & (d < width)[None, :], other=0.0
+                x_ptr + rows[:, None] * x_stride + (first + columns)[None, :],
+                mask=inside[:, None] & (columns < outputs)[None, :],
+                other=0.0,
             )
             if DROP:
                 keys = tl.load(draw_ptr + rows, mask=inside, other=0)
-                x = tl.where(keep(keys, salt, d, threshold), x * scale, 0.0).to(low.dtype)
+                x = tl.where(keep(keys, salt, columns, threshold), x * keep_scale, 0.0).to(low.dtype)
             acc = tl.dot(low, x, acc, input_precision="ieee")
-        target = grad_ptr + r[:, None].to(tl.int64) * width + d[None, :]
-        mask = (r < rank)[:, None] & (d < width)[None, :]
-        tl.store(target, tl.load(target, mask=mask, other=0.0) + acc, mask=mask)
+        acc = acc * scale
+        if DIRECT:
+            if end > begin:
+                add_to_gradient(address, acc, r, columns, rank, outputs, INPUTS)
+        else:
+            target = partial_ptr + (tl.program_id(1) * ranks + r[:, None]).to(tl.int64) * bound_3
+            mask = (r < ranks)[:, None] & (columns < outputs)[None, :]
+            tl.store(target + (first + columns)[None, :], acc, mask=mask)
 
 
 @jit
-def _gradient_b_kernel(
-    dy_ptr,
-    dy_stride,
-    low_ptr,
-    low_stride,
+def _reduce_kernel(
+    partial_ptr,
     segments_ptr,
     table_ptr,
     bound_0,
     bound_1,
     bound_2,
     bound_3,
+    ranks,
     COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
     RANK: tl.constexpr,
+    INPUTS: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
-    # Blocks of columns are counted module by module, so that none lies across two.
-    pid = tl.program_id(0)
-    blocks_0, blocks_1 = tl.cdiv(bound_1 - bound_0, COLUMNS), tl.cdiv(bound_2 - bound_1, COLUMNS)
-    member = tl.where(pid < blocks_0, 0, tl.where(pid < blocks_0 + blocks_1, 1, 2))
-    block = pid - tl.where(member == 0, 0, tl.where(member == 1, blocks_0, blocks_0 + blocks_1))
-    first = tl.where(member == 0, bound_0, tl.where(member == 1, bound_1, bound_2))
-    outputs = tl.where(member == 0, bound_1, tl.where(member == 1, bound_2, bound_3)) - first
+    member, first, outputs, columns = locate(tl.program_id(0), bound_0, bound_1, bound_2, bound_3, COLUMNS)
     segment = segments_ptr + 3 * tl.program_id(1)
-    at = table_ptr + tl.load(segment) * FIELDS + 6 + member * 5
-    gradient = tl.load(at + 1)
-    begin, end = tl.load(segment + 1), tl.load(segment + 2)
-    if gradient != 0:
-        grad_ptr = gradient.to(tl.pointer_type(tl.float32))
-        rank = tl.load(at + 2).to(tl.int32)
-        low_start = tl.load(at + 3)
-        r = tl.arange(0, RANK)
-        o = block * COLUMNS + tl.arange(0, COLUMNS)
-        acc = tl.zeros((RANK, COLUMNS), dtype=tl.float32)
-        for start in range(begin, end, DEPTH):
-            t = start + tl.arange(0, DEPTH)
-            inside = t < end
-            rows = t.to(tl.int64)
-            low = tl.load(
-                low_ptr + rows[None, :] * low_stride + low_start + r[:, None],
-                mask=inside[None, :] & (r < rank)[:, None],
-                other=0.0,
-            )
-            dy = tl.load(
-                dy_ptr + rows[:, None] * dy_stride + (first + o)[None, :],
-                mask=inside[:, None] & (o < outputs)[None, :],
-                other=0.0,
-            )
-            acc = tl.dot(low, dy, acc, input_precision="ieee")
-        acc = tl.trans(acc) * bits_to_float(tl.load(at + 4))
-        target = grad_ptr + o[:, None].to(tl.int64) * rank + r[None, :]
-        mask = (o < outputs)[:, None] & (r < rank)[None, :]
-        tl.store(target, tl.load(target, mask=mask, other=0.0) + acc, mask=mask)
+    slot = tl.load(segment)
+    address, rank, _, _ = gradient_facts(table_ptr + slot * FIELDS, member, INPUTS)
+    r = tl.program_id(2) * RANK + tl.arange(0, RANK)
+    mask = (r < rank)[:, None] & (columns < outputs)[None, :]
+    acc = tl.zeros((RANK, COLUMNS), dtype=tl.float32)
+    for chunk in range(tl.load(segment + 1), tl.load(segment + 2)):
+        source = partial_ptr + (chunk * ranks + r[:, None]).to(tl.int64) * bound_3
+        acc += tl.load(source + (first + columns)[None, :], mask=mask, other=0.0)
+    if address != 0:
+        add_to_gradient(address, acc, r, columns, rank, outputs, INPUTS)
 
 
 @jit
@@ -317,15 +351,9 @@ def _add_kernel(
     FIELDS: tl.constexpr,
 ):
     slot, rows, row_mask = tile_rows(tiles_ptr, 64, 1)
-    pid = tl.program_id(1)
-    blocks_0, blocks_1 = tl.cdiv(bound_1 - bound_0, COLUMNS), tl.cdiv(bound_2 - bound_1, COLUMNS)
-    member = tl.where(pid < blocks_0, 0, tl.where(pid < blocks_0 + blocks_1, 1, 2))
-    block = pid - tl.where(member == 0, 0, tl.where(member == 1, blocks_0, blocks_0 + blocks_1))
-    first = tl.where(member == 0, bound_0, tl.where(member == 1, bound_1, bound_2))
-    outputs = tl.where(member == 0, bound_1, tl.where(member == 1, bound_2, bound_3)) - first
+    member, first, outputs, o = locate(tl.program_id(1), bound_0, bound_1, bound_2, bound_3, COLUMNS)
     if slot >= 0:
         site = table_ptr + slot * FIELDS
-        o = block * COLUMNS + tl.arange(0, COLUMNS)
         mask = row_mask[:, None] & (o < outputs)[None, :]
         if BACK:
             term = input_block(low_ptr, low_stride, rows, row_mask, site, o, outputs, draw_ptr, RANK, DROP)
@@ -338,10 +366,13 @@ def _add_kernel(
 
 # ---- launches -------------------------------------------------------------------------------------------------------
 
+# Ranks of one pass of the matrix units; slots of larger rank take several.
+MOST_RANK = 64
+
 
 def padded_rank(rank: int) -> int:
-    """A rank as the matrix units take it."""
-    return power_of_two(rank, least=16)
+    """A rank as the matrix units take it, at most MOST_RANK at a time."""
+    return min(MOST_RANK, power_of_two(rank, least=16))
 
 
 def row_block(tokens: int) -> int:
@@ -355,15 +386,16 @@ def four_bounds(bounds: tuple[int, ...]) -> tuple[int, int, int, int]:
     return padded[0], padded[1], padded[2], padded[3]
 
 
-def _column_blocks(bounds: tuple[int, ...], columns: int) -> int:
+def column_blocks(bounds: tuple[int, ...], columns: int) -> int:
+    """How many blocks of columns the modules have, each cut alone."""
     return sum(ceil_div(b - a, columns) for a, b in itertools.pairwise(bounds))
 
 
 def project(x_TD: Tensor, low_TW: Tensor, routes: Any, table_SF: Tensor) -> None:
     """See `low_rank.project`."""
-    rows = row_block(x_TD.shape[0])
+    rows, rank = row_block(x_TD.shape[0]), padded_rank(low_TW.shape[1])
     drop = routes.draw_T is not None
-    _project_kernel[(routes.tiles_N3.shape[0] * (TILE // rows),)](
+    _project_kernel[(routes.tiles_N3.shape[0] * (TILE // rows), ceil_div(low_TW.shape[1], rank))](
         x_TD,
         x_TD.stride(0),
         low_TW,
@@ -374,7 +406,7 @@ def project(x_TD: Tensor, low_TW: Tensor, routes: Any, table_SF: Tensor) -> None
         x_TD.shape[1],
         ROWS=rows,
         DEPTH=128,
-        RANK=padded_rank(low_TW.shape[1]),
+        RANK=rank,
         DROP=drop,
         FIELDS=FIELDS,
         num_warps=4,
@@ -385,9 +417,9 @@ def project(x_TD: Tensor, low_TW: Tensor, routes: Any, table_SF: Tensor) -> None
 def project_back(
     dy_TO: Tensor, d_low_TW: Tensor, bounds: tuple[int, ...], rank: int, routes: Any, table_SF: Tensor
 ) -> None:
-    """See `low_rank.project_back`."""
-    rows = row_block(dy_TO.shape[0])
-    _project_back_kernel[(routes.tiles_N3.shape[0] * (TILE // rows), len(bounds) - 1)](
+    """See `low_rank.project_back`. rank: the widest of one module."""
+    rows, padded = row_block(dy_TO.shape[0]), padded_rank(rank)
+    _project_back_kernel[(routes.tiles_N3.shape[0] * (TILE // rows), len(bounds) - 1, ceil_div(rank, padded))](
         dy_TO,
         dy_TO.stride(0),
         d_low_TW,
@@ -397,55 +429,78 @@ def project_back(
         *four_bounds(bounds),
         ROWS=rows,
         DEPTH=128,
-        RANK=padded_rank(rank),
+        RANK=padded,
         FIELDS=FIELDS,
         num_warps=4,
         num_stages=4,
     )
 
 
-def add_gradient_a(x_TD: Tensor, d_low_TW: Tensor, routes: Any, table_SF: Tensor) -> None:
-    """See `low_rank.add_gradient_a`."""
-    drop = routes.draw_T is not None
-    columns = 64
-    _gradient_a_kernel[(ceil_div(x_TD.shape[1], columns), routes.segments_M3.shape[0])](
-        x_TD,
-        x_TD.stride(0),
-        d_low_TW,
-        d_low_TW.stride(0),
-        routes.segments_M3,
+def partial_sums(like: Tensor, ranks: int, columns: int, routes: Any) -> Tensor | None:
+    """Room for each chunk's part of a gradient (chunks, ranks, columns) fp32; None when a slot has one chunk alone."""
+    if routes.whole:
+        return None
+    return like.new_empty(routes.chunks_C3.shape[0], ranks, columns, dtype=torch.float32)
+
+
+def add_gradient(
+    x_TC: Tensor,
+    low_TW: Tensor,
+    bounds: tuple[int, ...],
+    ranks: int,
+    routes: Any,
+    table_SF: Tensor,
+    *,
+    inputs: bool,
+) -> None:
+    """Add low^T x to the gradients of A (inputs: x is the input) or of the modules' B (x is dy).
+
+    ranks: the widest low of one gradient. See `low_rank.add_gradient_a`, `low_rank.add_gradient_b`.
+    """
+    rank, columns = padded_rank(ranks), 128
+    drop = inputs and routes.draw_T is not None
+    partial = partial_sums(x_TC, ranks, bounds[-1], routes)
+    chunks = ceil_div(ranks, rank)
+    _gradient_kernel[(column_blocks(bounds, columns), routes.chunks_C3.shape[0], chunks)](
+        x_TC,
+        x_TC.stride(0),
+        low_TW,
+        low_TW.stride(0),
+        low_TW if partial is None else partial,
+        routes.chunks_C3,
         table_SF,
-        routes.draw_T if drop else d_low_TW,
-        x_TD.shape[1],
+        routes.draw_T if drop else low_TW,
+        *four_bounds(bounds),
+        ranks,
         COLUMNS=columns,
         DEPTH=64,
-        RANK=padded_rank(d_low_TW.shape[1]),
+        RANK=rank,
+        INPUTS=inputs,
+        DIRECT=partial is None,
         DROP=drop,
         FIELDS=FIELDS,
         num_warps=4,
-        num_stages=5,
+        num_stages=4,
     )
+    if partial is not None:
+        reduce_gradient(partial, bounds, routes, table_SF, inputs=inputs)
 
 
-def add_gradient_b(
-    dy_TO: Tensor, low_TW: Tensor, bounds: tuple[int, ...], rank: int, routes: Any, table_SF: Tensor
-) -> None:
-    """See `low_rank.add_gradient_b`."""
-    columns = 64
-    _gradient_b_kernel[(_column_blocks(bounds, columns), routes.segments_M3.shape[0])](
-        dy_TO,
-        dy_TO.stride(0),
-        low_TW,
-        low_TW.stride(0),
+def reduce_gradient(partial: Tensor, bounds: tuple[int, ...], routes: Any, table_SF: Tensor, *, inputs: bool) -> None:
+    """Add every chunk's part to the gradients, in the order of the chunks."""
+    ranks, columns = partial.shape[1], 128
+    rank = padded_rank(ranks)
+    _reduce_kernel[(column_blocks(bounds, columns), routes.segments_M3.shape[0], ceil_div(ranks, rank))](
+        partial,
         routes.segments_M3,
         table_SF,
         *four_bounds(bounds),
+        ranks,
         COLUMNS=columns,
-        DEPTH=64,
-        RANK=padded_rank(rank),
+        RANK=rank,
+        INPUTS=inputs,
         FIELDS=FIELDS,
         num_warps=4,
-        num_stages=5,
     )
 
 
@@ -463,7 +518,7 @@ def add(
     columns = 128
     bounds = (0, y_TO.shape[1]) if back else bounds
     drop = back and routes.draw_T is not None
-    _add_kernel[(routes.tiles_N3.shape[0], _column_blocks(bounds, columns))](
+    _add_kernel[(routes.tiles_N3.shape[0], column_blocks(bounds, columns))](
         y_TO,
         y_TO.stride(0),
         low_TW,

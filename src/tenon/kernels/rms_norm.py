@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tenon.kernels import rms_norm_triton as fused
-from tenon.kernels.low_rank import Sum
+from tenon.kernels.low_rank import LowRank, Sum, room
 
 _NARROW = (torch.bfloat16, torch.float16)
 
@@ -46,26 +46,39 @@ def rms_norm_backward(dn_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float)
     return g.to(x.dtype).addcmul(normed, mean_T1, value=-1.0).mul_(inverse_T1).to(x_TD.dtype)
 
 
-def add_norm(x_TD: Tensor, update: Sum | None, weight_D: Tensor, eps: float, *, fuse: bool) -> tuple[Tensor, Tensor]:
+def add_norm(
+    x_TD: Tensor, update: Sum | None, weight_D: Tensor, eps: float, *, fuse: bool, reader: LowRank | None = None
+) -> tuple[Tensor, Tensor]:
     """(x, n): the stream after the update, and it normalised. The update's own tensor is overwritten by x.
 
-    update None: x stays the tensor it is. fuse: one kernel instead of several; it adds the low-rank term itself.
+    update None: x stays the tensor it is. fuse: one kernel instead of several; it adds the low-rank term itself, and
+    leaves room behind n for the low-rank activations of its reader.
     """
     if fuse:
-        return fused.add_norm(x_TD, update, weight_D, eps)
+        return fused.add_norm(x_TD, update, weight_D, eps, room(x_TD, x_TD.shape[1], reader))
     if update is not None:
         x_TD = update.settled().add_(x_TD)
     return x_TD, rms_norm(x_TD, weight_D, eps)
 
 
 def add_norm_backward(
-    dn: Sum, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, *, fuse: bool
+    dn: Sum,
+    x_TD: Tensor,
+    residual_TD: Tensor | None,
+    weight_D: Tensor,
+    eps: float,
+    *,
+    fuse: bool,
+    reader: LowRank | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(dx, n): the gradient of the stream, residual_TD being what reaches it past the norm; and n made again.
 
-    dn's own tensor may be overwritten.
+    dn's own tensor may be overwritten. reader: whose low-rank gradients are to have room behind dx, where it is fused.
     """
     if fuse:
-        return fused.add_norm_backward(dn, x_TD, residual_TD, weight_D, eps)
-    dx_TD = rms_norm_backward(dn.settled(), x_TD, weight_D, eps).add_(residual_TD)
+        dx_TD = room(x_TD, x_TD.shape[1], reader)
+        return dx_TD, fused.add_norm_backward(dn, x_TD, residual_TD, weight_D, eps, dx_TD)
+    dx_TD = rms_norm_backward(dn.settled(), x_TD, weight_D, eps)
+    if residual_TD is not None:
+        dx_TD.add_(residual_TD)
     return dx_TD, rms_norm(x_TD, weight_D, eps)

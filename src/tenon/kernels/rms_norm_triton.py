@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tenon.kernels.gpu import jit, tl
-from tenon.kernels.low_rank import Routes, Sum
+from tenon.kernels.low_rank import Routes, Sum, settle_if_long
 from tenon.kernels.low_rank_triton import FIELDS, TILE, input_block, member_block, padded_rank, tile_rows
 
 
@@ -31,6 +31,7 @@ def _add_norm_kernel(
     x_ptr,
     y_ptr,
     n_ptr,
+    n_stride,
     weight_ptr,
     low_ptr,
     low_stride,
@@ -44,11 +45,12 @@ def _add_norm_kernel(
     RANK: tl.constexpr,
     UPDATE: tl.constexpr,
     ROUTED: tl.constexpr,
+    STAGES: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
     slot, rows, row_mask = _rows(tiles_ptr, tokens, ROWS, ROUTED)
     squares = tl.zeros((ROWS,), dtype=tl.float32)
-    for start in range(0, width, COLUMNS):
+    for start in tl.range(0, width, COLUMNS, num_stages=STAGES):
         d = start + tl.arange(0, COLUMNS)
         at = rows[:, None] * width + d[None, :]
         mask = row_mask[:, None] & (d < width)[None, :]
@@ -69,14 +71,15 @@ def _add_norm_kernel(
         # The second pass reads what other threads of the program wrote in the first.
         tl.debug_barrier()
         source_ptr = y_ptr
-    for start in range(0, width, COLUMNS):
+    for start in tl.range(0, width, COLUMNS, num_stages=STAGES):
         d = start + tl.arange(0, COLUMNS)
         at = rows[:, None] * width + d[None, :]
         mask = row_mask[:, None] & (d < width)[None, :]
         x = tl.load(source_ptr + at, mask=mask, other=0.0)
         gain = tl.load(weight_ptr + d, mask=d < width, other=0.0)
         normed = (x.to(tl.float32) * inverse[:, None]).to(x.dtype)
-        tl.store(n_ptr + at, (normed.to(tl.float32) * gain.to(tl.float32)[None, :]).to(x.dtype), mask=mask)
+        n = (normed.to(tl.float32) * gain.to(tl.float32)[None, :]).to(x.dtype)
+        tl.store(n_ptr + rows[:, None] * n_stride + d[None, :], n, mask=mask)
 
 
 @jit
@@ -84,8 +87,10 @@ def _add_norm_backward_kernel(
     dn_ptr,
     x_ptr,
     residual_ptr,
+    residual_stride,
     weight_ptr,
     dx_ptr,
+    dx_stride,
     n_ptr,
     low_ptr,
     low_stride,
@@ -100,12 +105,14 @@ def _add_norm_backward_kernel(
     RANK: tl.constexpr,
     ROUTED: tl.constexpr,
     DROP: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    STAGES: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
     slot, rows, row_mask = _rows(tiles_ptr, tokens, ROWS, ROUTED)
     squares = tl.zeros((ROWS,), dtype=tl.float32)
     products = tl.zeros((ROWS,), dtype=tl.float32)
-    for start in range(0, width, COLUMNS):
+    for start in tl.range(0, width, COLUMNS, num_stages=STAGES):
         d = start + tl.arange(0, COLUMNS)
         at = rows[:, None] * width + d[None, :]
         mask = row_mask[:, None] & (d < width)[None, :]
@@ -123,17 +130,19 @@ def _add_norm_backward_kernel(
     pull = products / width * inverse * inverse
     if ROUTED:
         tl.debug_barrier()
-    for start in range(0, width, COLUMNS):
+    for start in tl.range(0, width, COLUMNS, num_stages=STAGES):
         d = start + tl.arange(0, COLUMNS)
         at = rows[:, None] * width + d[None, :]
         mask = row_mask[:, None] & (d < width)[None, :]
         x = tl.load(x_ptr + at, mask=mask, other=0.0)
         dn = tl.load(dn_ptr + at, mask=mask, other=0.0).to(tl.float32)
         gain = tl.load(weight_ptr + d, mask=d < width, other=0.0).to(tl.float32)
-        residual = tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
         wide = x.to(tl.float32)
-        dx = residual + inverse[:, None] * (dn * gain[None, :] - wide * pull[:, None])
-        tl.store(dx_ptr + at, dx.to(x.dtype), mask=mask)
+        dx = inverse[:, None] * (dn * gain[None, :] - wide * pull[:, None])
+        if RESIDUAL:
+            passed = tl.load(residual_ptr + rows[:, None] * residual_stride + d[None, :], mask=mask, other=0.0)
+            dx += passed.to(tl.float32)
+        tl.store(dx_ptr + rows[:, None] * dx_stride + d[None, :], dx.to(x.dtype), mask=mask)
         normed = (wide * inverse[:, None]).to(x.dtype).to(tl.float32)
         tl.store(n_ptr + at, (normed * gain[None, :]).to(x.dtype), mask=mask)
 
@@ -146,17 +155,19 @@ def _grid(routes: Routes | None, tokens: int) -> tuple[int]:
     return (-(-tokens // _ROWS) if routes is None else routes.tiles_N3.shape[0] * (TILE // _ROWS),)
 
 
-def add_norm(x_TD: Tensor, update: Sum | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `rms_norm.add_norm`."""
+def add_norm(x_TD: Tensor, update: Sum | None, weight_D: Tensor, eps: float, n_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """See `rms_norm.add_norm`; n is written into n_TD."""
+    if update is not None:
+        settle_if_long(update)
     addend = None if update is None else update.addend
     routes = None if addend is None else addend.low.routes
-    n_TD = torch.empty_like(x_TD)
     y_TD = x_TD if update is None else update.y_TO
     low_TW = y_TD if addend is None else addend.low_TW
     _add_norm_kernel[_grid(routes, x_TD.shape[0])](
         x_TD,
         y_TD,
         n_TD,
+        n_TD.stride(0),
         weight_D,
         low_TW,
         low_TW.stride(0),
@@ -170,6 +181,7 @@ def add_norm(x_TD: Tensor, update: Sum | None, weight_D: Tensor, eps: float) -> 
         RANK=16 if addend is None else padded_rank(addend.low.rank),
         UPDATE=update is not None,
         ROUTED=routes is not None,
+        STAGES=3,
         FIELDS=FIELDS,
         num_warps=4,
     )
@@ -179,20 +191,24 @@ def add_norm(x_TD: Tensor, update: Sum | None, weight_D: Tensor, eps: float) -> 
 
 
 def add_norm_backward(
-    dn: Sum, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """See `rms_norm.add_norm_backward`."""
+    dn: Sum, x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float, dx_TD: Tensor
+) -> Tensor:
+    """n, made again; dx is written into dx_TD. See `rms_norm.add_norm_backward`."""
+    settle_if_long(dn)
     addend = dn.addend
     routes = None if addend is None else addend.low.routes
     drop = routes is not None and routes.draw_T is not None
-    dx_TD, n_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
+    n_TD = torch.empty_like(x_TD)
+    passed_TD = x_TD if residual_TD is None else residual_TD
     low_TW = dn.y_TO if addend is None else addend.low_TW
     _add_norm_backward_kernel[_grid(routes, x_TD.shape[0])](
         dn.y_TO,
         x_TD,
-        residual_TD,
+        passed_TD,
+        passed_TD.stride(0),
         weight_D,
         dx_TD,
+        dx_TD.stride(0),
         n_TD,
         low_TW,
         low_TW.stride(0),
@@ -207,8 +223,10 @@ def add_norm_backward(
         RANK=16 if addend is None else padded_rank(addend.low.width),
         ROUTED=routes is not None,
         DROP=drop,
+        RESIDUAL=residual_TD is not None,
+        STAGES=3,
         FIELDS=FIELDS,
         num_warps=4,
     )
     dn.addend = None
-    return dx_TD, n_TD
+    return n_TD

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tenon.kernels import rotary_triton as fused
-from tenon.kernels.low_rank import Sum
+from tenon.kernels.low_rank import LowRank, Sum, room
 from tenon.kernels.rms_norm import rms_norm, rms_norm_backward
 
 
@@ -90,18 +90,23 @@ def make_heads(qkv: Sum, rotation: Rotation | None, shape: HeadShape, *, fuse: b
 
 
 def make_heads_backward(
-    dq_THE: Tensor,
-    dk_TKE: Tensor,
-    dv_TKE: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor],
     heads: Heads,
     rotation: Rotation | None,
     shape: HeadShape,
     *,
     fuse: bool,
+    reader: LowRank | None = None,
 ) -> Tensor:
-    """The gradient of the stacked projection (T, O), a new tensor."""
+    """The gradient of the stacked projection (T, O) from those of q, k and v, a new tensor.
+
+    reader: whose low-rank gradients are to have room behind it, where it is fused.
+    """
+    dq_THE, dk_TKE, dv_TKE = grads
     if fuse:
-        return fused.make_heads_backward((dq_THE, dk_TKE, dv_TKE), heads.raw_TO, rotation, shape)
+        d_qkv_TO = room(dq_THE, (shape.heads + 2 * shape.kv_heads) * shape.size, reader)
+        fused.make_heads_backward(grads, heads.raw_TO, rotation, shape, d_qkv_TO)
+        return d_qkv_TO
     if rotation is not None:
         dq_THE, dk_TKE = rotary(dq_THE, rotation, back=True), rotary(dk_TKE, rotation, back=True)
     if shape.q_norm_E is not None and shape.k_norm_E is not None and heads.raw_TO is not None:

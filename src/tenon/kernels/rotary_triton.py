@@ -93,8 +93,15 @@ def _make_heads_backward_kernel(
     dq_ptr,
     dk_ptr,
     dv_ptr,
+    q_step,
+    k_step,
+    v_step,
+    q_head_step,
+    k_head_step,
+    v_head_step,
     raw_ptr,
     out_ptr,
+    out_stride,
     cos_ptr,
     sin_ptr,
     q_norm_ptr,
@@ -116,13 +123,13 @@ def _make_heads_backward_kernel(
     inside = e < SIZE // 2
     mask = row_mask[:, None] & inside[None, :]
     if head < HEADS:
-        source = dq_ptr + rows[:, None] * (HEADS * SIZE) + head * SIZE + e[None, :]
+        source = dq_ptr + rows[:, None] * q_step + head * q_head_step + e[None, :]
         norm_ptr = q_norm_ptr
     elif head < HEADS + KV_HEADS:
-        source = dk_ptr + rows[:, None] * (KV_HEADS * SIZE) + (head - HEADS) * SIZE + e[None, :]
+        source = dk_ptr + rows[:, None] * k_step + (head - HEADS) * k_head_step + e[None, :]
         norm_ptr = k_norm_ptr
     else:
-        source = dv_ptr + rows[:, None] * (KV_HEADS * SIZE) + (head - HEADS - KV_HEADS) * SIZE + e[None, :]
+        source = dv_ptr + rows[:, None] * v_step + (head - HEADS - KV_HEADS) * v_head_step + e[None, :]
         norm_ptr = k_norm_ptr
     first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(source + SIZE // 2, mask=mask, other=0.0).to(tl.float32)
@@ -145,8 +152,9 @@ def _make_heads_backward_kernel(
             first = inverse[:, None] * (first - x_1 * pull[:, None])
             second = inverse[:, None] * (second - x_2 * pull[:, None])
     element = out_ptr.dtype.element_ty
-    tl.store(out_ptr + at, first.to(element), mask=mask)
-    tl.store(out_ptr + at + SIZE // 2, second.to(element), mask=mask)
+    target = out_ptr + rows[:, None] * out_stride + head * SIZE + e[None, :]
+    tl.store(target, first.to(element), mask=mask)
+    tl.store(target + SIZE // 2, second.to(element), mask=mask)
 
 
 _ROWS = 32
@@ -190,18 +198,24 @@ def make_heads(qkv: Sum, rotation: Rotation | None, shape: HeadShape) -> tuple[T
 
 
 def make_heads_backward(
-    grads: tuple[Tensor, Tensor, Tensor], raw_TO: Tensor | None, rotation: Rotation | None, shape: HeadShape
-) -> Tensor:
-    """See `rotary.make_heads_backward`."""
-    dq_THE, dk_TKE, dv_TKE = (grad.contiguous() for grad in grads)
+    grads: tuple[Tensor, Tensor, Tensor],
+    raw_TO: Tensor | None,
+    rotation: Rotation | None,
+    shape: HeadShape,
+    out_TO: Tensor,
+) -> None:
+    """See `rotary.make_heads_backward`; written into out_TO."""
+    dq_THE, dk_TKE, dv_TKE = (grad if grad.stride(2) == 1 else grad.contiguous() for grad in grads)
     tokens = dq_THE.shape[0]
-    out_TO = dq_THE.new_empty(tokens, (shape.heads + 2 * shape.kv_heads) * shape.size)
     _make_heads_backward_kernel[(ceil_div(tokens, _ROWS), shape.heads + 2 * shape.kv_heads)](
         dq_THE,
         dk_TKE,
         dv_TKE,
+        *(grad.stride(0) for grad in (dq_THE, dk_TKE, dv_TKE)),
+        *(grad.stride(1) for grad in (dq_THE, dk_TKE, dv_TKE)),
         out_TO if raw_TO is None else raw_TO,
         out_TO,
+        out_TO.stride(0),
         out_TO if rotation is None else rotation.cos_TE,
         out_TO if rotation is None else rotation.sin_TE,
         out_TO if shape.q_norm_E is None else shape.q_norm_E,
@@ -217,4 +231,3 @@ def make_heads_backward(
         NORM=raw_TO is not None,
         num_warps=4,
     )
-    return out_TO

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tenon.kernels import swiglu_triton as fused
-from tenon.kernels.low_rank import Sum
+from tenon.kernels.low_rank import Addend, LowRank, Sum, add_gradient_a, add_gradient_b, room
 
 
 def swiglu_reference(gate_up_TF2: Tensor) -> Tensor:
@@ -22,21 +22,36 @@ def swiglu_reference(gate_up_TF2: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
 
-def swiglu(gate_up: Sum, *, fuse: bool) -> Tensor:
+def swiglu(gate_up: Sum, *, fuse: bool, reader: LowRank | None = None) -> Tensor:
     """(T, 2F) -> (T, F), a new tensor. fuse: one kernel adds the low-rank term while it reads, and leaves it unadded
-    for the backward; otherwise the sum is settled.
+    for the backward; otherwise the sum is settled. reader: whose low-rank activations are to have room behind h.
     """
     if fuse:
-        return fused.swiglu(gate_up)
+        h_TF = room(gate_up.y_TO, gate_up.y_TO.shape[1] // 2, reader)
+        fused.swiglu(gate_up, h_TF)
+        return h_TF
     gate, up = gate_up.settled().chunk(2, dim=-1)
     return functional.silu(gate).mul_(up)
 
 
-def swiglu_backward(dh: Sum, gate_up: Sum, *, fuse: bool) -> tuple[Tensor, Tensor]:
-    """(d_gate_up, h): the gradient, and the activation made again. Both arguments' own tensors are overwritten."""
+def swiglu_backward(dh: Sum, gate_up: Sum, back: Addend | None, ahead: Addend | None, *, fuse: bool) -> Tensor:
+    """d_gate_up (T, 2F); and, while h and d_gate_up are at hand, the gradients of the matrices that meet them.
+
+    These are A of what reads h (back: the slots' d_low there) and B of gate and up (ahead: their low-rank activations).
+    Both sums' own tensors are overwritten; fused, the result lies in gate_up's.
+    """
     if fuse:
-        return fused.swiglu_backward(dh, gate_up)
-    dh_TF = dh.settled()
+        return fused.swiglu_backward(dh, gate_up, back, ahead)
+    d_gate_up_TF2, h_TF = _backward(dh.settled(), gate_up)
+    if back is not None:
+        add_gradient_a(h_TF, back.low_TW, back.low)
+    if ahead is not None:
+        add_gradient_b(d_gate_up_TF2, ahead.low_TW, ahead.low)
+    return d_gate_up_TF2
+
+
+def _backward(dh_TF: Tensor, gate_up: Sum) -> tuple[Tensor, Tensor]:
+    """(d_gate_up, h)."""
     gate, up = gate_up.settled().chunk(2, dim=-1)
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid

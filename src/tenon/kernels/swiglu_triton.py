@@ -1,6 +1,13 @@
-"""The Triton kernels of `swiglu`: the low-rank terms of gate and up (forward) and of dh (backward) are added while they
-are read. Shape legend as in `swiglu`.
+"""The Triton kernels of `swiglu`. A program owns a block of features and walks over a run of one slot's tokens.
+
+So it holds the slot's matrices for its features while it walks, adds the low-rank terms of gate, up and dh as it reads
+them, and on the way back sums up the gradients of the three matrices that meet h, d_gate and d_up: those two tensors
+are not read again for it, and h is never written. Shape legend as in `swiglu`.
 """
+
+# In a kernel, what a flag leaves unbound is never compiled.
+# pyright: reportPossiblyUnboundVariable=false, reportUnboundVariable=false, reportOptionalMemberAccess=false
+# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -8,18 +15,58 @@ from typing import Any
 
 from torch import Tensor
 
-from tenon.kernels.gpu import ceil_div, jit, tl
-from tenon.kernels.low_rank import Addend, Sum
-from tenon.kernels.low_rank_triton import FIELDS, TILE, input_block, member_block, padded_rank, tile_rows
+from tenon.kernels.gpu import ceil_div, jit, power_of_two, tl
+from tenon.kernels.low_rank import Addend, Sum, add_gradient_a, add_gradient_b
+from tenon.kernels.low_rank_triton import (
+    FIELDS,
+    add_to_gradient,
+    bits_to_float,
+    gradient_facts,
+    keep,
+    partial_sums,
+    reduce_gradient,
+)
+
+
+@jit
+def _run(runs_ptr, tokens, ROUTED: tl.constexpr, RUN: tl.constexpr):
+    """(slot, first token, the one after the last) of this program."""
+    if ROUTED:
+        run = runs_ptr + 3 * tl.program_id(1)
+        return tl.load(run), tl.load(run + 1), tl.load(run + 2)
+    begin = tl.program_id(1).to(tl.int64) * RUN
+    return begin * 0 - 1, begin, tl.minimum(begin + RUN, tokens.to(tl.int64))
+
+
+@jit
+def _low(low_ptr, stride, rows, row_mask, start, rank, RANK: tl.constexpr):
+    """(rows, RANK) of the low-rank activations."""
+    r = tl.arange(0, RANK)
+    mask = row_mask[:, None] & (r < rank)[None, :]
+    return tl.load(low_ptr + rows[:, None] * stride + start + r[None, :], mask=mask, other=0.0)
+
+
+@jit
+def _module_b(site, member, slot, f, width, like_ptr, RANK: tl.constexpr):
+    """(s B^T (RANK, features) as it is, rank, place of its ranks, s) of gate or up; nothing where there is no slot."""
+    at = site + 6 + member * 5
+    rank = tl.where(slot >= 0, tl.load(at + 2), 0).to(tl.int32)
+    r = tl.arange(0, RANK)
+    b_ptr = tl.load(at).to(like_ptr.dtype)
+    mask = (r < rank)[:, None] & (f < width)[None, :]
+    b = tl.load(b_ptr + f[None, :].to(tl.int64) * rank + r[:, None], mask=mask, other=0.0)
+    return b, rank, tl.load(at + 3), bits_to_float(tl.load(at + 4))
 
 
 @jit
 def _swiglu_kernel(
     gate_up_ptr,
+    gate_up_stride,
     h_ptr,
+    h_stride,
     low_ptr,
     low_stride,
-    tiles_ptr,
+    runs_ptr,
     table_ptr,
     tokens,
     width,
@@ -27,42 +74,51 @@ def _swiglu_kernel(
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
     ROUTED: tl.constexpr,
+    RUN: tl.constexpr,
+    STAGES: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
+    slot, begin, end = _run(runs_ptr, tokens, ROUTED, RUN)
+    f = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     if ROUTED:
-        slot, rows, row_mask = tile_rows(tiles_ptr, ROWS, 64 // ROWS)
-    else:
-        slot = -1
-        rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        row_mask = rows < tokens
-    f = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    mask = row_mask[:, None] & (f < width)[None, :]
-    gate_at = gate_up_ptr + rows[:, None] * (2 * width) + f[None, :]
-    gate = tl.load(gate_at, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_at + width, mask=mask, other=0.0).to(tl.float32)
-    if ROUTED:
-        if slot >= 0:
-            site = table_ptr + slot * FIELDS
-            gate += member_block(low_ptr, low_stride, rows, row_mask, site, 0, f, f < width, RANK)
-            up += member_block(low_ptr, low_stride, rows, row_mask, site, 1, f, f < width, RANK)
-    h = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(h_ptr + rows[:, None] * width + f[None, :], h.to(h_ptr.dtype.element_ty), mask=mask)
+        site = table_ptr + tl.maximum(slot, 0) * FIELDS
+        b_gate, rank_gate, start_gate, s_gate = _module_b(site, 0, slot, f, width, low_ptr, RANK)
+        b_up, rank_up, start_up, s_up = _module_b(site, 1, slot, f, width, low_ptr, RANK)
+    for at in tl.range(begin, end, ROWS, num_stages=STAGES):
+        rows = at + tl.arange(0, ROWS)
+        row_mask = rows < end
+        mask = row_mask[:, None] & (f < width)[None, :]
+        gate_at = gate_up_ptr + rows[:, None] * gate_up_stride + f[None, :]
+        gate = tl.load(gate_at, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(gate_at + width, mask=mask, other=0.0).to(tl.float32)
+        if ROUTED:
+            low_gate = _low(low_ptr, low_stride, rows, row_mask, start_gate, rank_gate, RANK)
+            low_up = _low(low_ptr, low_stride, rows, row_mask, start_up, rank_up, RANK)
+            gate += tl.dot(low_gate, b_gate, input_precision="ieee") * s_gate
+            up += tl.dot(low_up, b_up, input_precision="ieee") * s_up
+        h = gate / (1.0 + tl.exp(-gate)) * up
+        tl.store(h_ptr + rows[:, None] * h_stride + f[None, :], h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
 def _swiglu_backward_kernel(
     dh_ptr,
     gate_up_ptr,
+    gate_up_stride,
     low_ptr,
     low_stride,
     table_ptr,
     d_low_ptr,
     d_low_stride,
     d_table_ptr,
-    tiles_ptr,
+    chunks_ptr,
     draw_ptr,
+    partial_b_ptr,
+    partial_a_ptr,
     tokens,
     width,
+    ranks_b,
+    ranks_a,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
@@ -70,109 +126,229 @@ def _swiglu_backward_kernel(
     ROUTED: tl.constexpr,
     LOW: tl.constexpr,
     D_LOW: tl.constexpr,
+    ADD_LOW: tl.constexpr,
+    ADD_D_LOW: tl.constexpr,
     DROP: tl.constexpr,
+    DIRECT: tl.constexpr,
+    KEEP_H: tl.constexpr,
+    RUN: tl.constexpr,
+    STAGES: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
-    if ROUTED:
-        slot, rows, row_mask = tile_rows(tiles_ptr, ROWS, 64 // ROWS)
-    else:
-        slot = -1
-        rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        row_mask = rows < tokens
-    f = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    mask = row_mask[:, None] & (f < width)[None, :]
-    h_at = dh_ptr + rows[:, None] * width + f[None, :]
-    gate_at = gate_up_ptr + rows[:, None] * (2 * width) + f[None, :]
-    dh = tl.load(h_at, mask=mask, other=0.0).to(tl.float32)
-    gate = tl.load(gate_at, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_at + width, mask=mask, other=0.0).to(tl.float32)
-    if ROUTED:
-        if slot >= 0:
-            if LOW:
-                site = table_ptr + slot * FIELDS
-                gate += member_block(low_ptr, low_stride, rows, row_mask, site, 0, f, f < width, RANK)
-                up += member_block(low_ptr, low_stride, rows, row_mask, site, 1, f, f < width, RANK)
-            if D_LOW:
-                d_site = d_table_ptr + slot * FIELDS
-                dh += input_block(d_low_ptr, d_low_stride, rows, row_mask, d_site, f, width, draw_ptr, D_RANK, DROP)
-    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-    silu = gate * sigmoid
+    slot, begin, end = _run(chunks_ptr, tokens, ROUTED, RUN)
+    f = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = f < width
     element = dh_ptr.dtype.element_ty
-    tl.store(h_at, (silu * up).to(element), mask=mask)
-    tl.store(gate_at, (dh * up * (sigmoid + silu * (1.0 - sigmoid))).to(element), mask=mask)
-    tl.store(gate_at + width, (dh * silu).to(element), mask=mask)
+    if LOW:
+        site = table_ptr + tl.maximum(slot, 0) * FIELDS
+        b_gate, rank_gate, start_gate, s_gate = _module_b(site, 0, slot, f, width, low_ptr, RANK)
+        b_up, rank_up, start_up, s_up = _module_b(site, 1, slot, f, width, low_ptr, RANK)
+        sum_gate = tl.zeros((RANK, COLUMNS), dtype=tl.float32)
+        sum_up = tl.zeros((RANK, COLUMNS), dtype=tl.float32)
+    if D_LOW:
+        d_site = d_table_ptr + tl.maximum(slot, 0) * FIELDS
+        d_rank = tl.where(slot >= 0, tl.load(d_site + 2), 0).to(tl.int32)
+        r = tl.arange(0, D_RANK)
+        a_ptr = tl.load(d_site).to(d_low_ptr.dtype)
+        a_mask = (r < d_rank)[:, None] & inside[None, :]
+        a = tl.load(a_ptr + r[:, None].to(tl.int64) * width + f[None, :], mask=a_mask, other=0.0)
+        sum_a = tl.zeros((D_RANK, COLUMNS), dtype=tl.float32)
+        if DROP:
+            salt, threshold = tl.load(d_site + 5), tl.load(d_site + 3)
+            keep_scale = bits_to_float(tl.load(d_site + 4))
+    for at in tl.range(begin, end, ROWS, num_stages=STAGES):
+        rows = at + tl.arange(0, ROWS)
+        row_mask = rows < end
+        mask = row_mask[:, None] & inside[None, :]
+        gate_at = gate_up_ptr + rows[:, None] * gate_up_stride + f[None, :]
+        dh = tl.load(dh_ptr + rows[:, None] * width + f[None, :], mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(gate_at, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(gate_at + width, mask=mask, other=0.0).to(tl.float32)
+        if LOW:
+            low_gate = _low(low_ptr, low_stride, rows, row_mask, start_gate, rank_gate, RANK)
+            low_up = _low(low_ptr, low_stride, rows, row_mask, start_up, rank_up, RANK)
+        if ADD_LOW:
+            gate += tl.dot(low_gate, b_gate, input_precision="ieee") * s_gate
+            up += tl.dot(low_up, b_up, input_precision="ieee") * s_up
+        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+        silu = gate * sigmoid
+        if D_LOW:
+            d_low = _low(d_low_ptr, d_low_stride, rows, row_mask, 0, d_rank, D_RANK)
+            h = silu * up
+            if DROP:
+                keys = tl.load(draw_ptr + rows, mask=row_mask, other=0)
+                stays = keep(keys, salt, f, threshold)
+                h = tl.where(stays, h * keep_scale, 0.0)
+            if ADD_D_LOW:
+                term = tl.dot(d_low, a, input_precision="ieee")
+                if DROP:
+                    term = tl.where(stays, term * keep_scale, 0.0)
+                dh += term
+            sum_a = tl.dot(tl.trans(d_low), h.to(element), sum_a, input_precision="ieee")
+        d_gate = (dh * up * (sigmoid + silu * (1.0 - sigmoid))).to(element)
+        d_up = (dh * silu).to(element)
+        tl.store(gate_at, d_gate, mask=mask)
+        tl.store(gate_at + width, d_up, mask=mask)
+        if KEEP_H:
+            tl.store(dh_ptr + rows[:, None] * width + f[None, :], (silu * up).to(element), mask=mask)
+        if LOW:
+            sum_gate = tl.dot(tl.trans(low_gate), d_gate, sum_gate, input_precision="ieee")
+            sum_up = tl.dot(tl.trans(low_up), d_up, sum_up, input_precision="ieee")
+    if LOW:
+        _finish(partial_b_ptr, site, 0, slot, sum_gate, f, 0, width, 2 * width, ranks_b, RANK, False, DIRECT)
+        _finish(partial_b_ptr, site, 1, slot, sum_up, f, width, width, 2 * width, ranks_b, RANK, False, DIRECT)
+    if D_LOW:
+        _finish(partial_a_ptr, d_site, 0, slot, sum_a, f, 0, width, width, ranks_a, D_RANK, True, DIRECT)
 
 
-_ROWS = 64
-_COLUMNS = 64
+@jit
+def _finish(
+    partial_ptr,
+    site,
+    member,
+    slot,
+    acc,
+    f,
+    first,
+    width,
+    columns,
+    ranks,
+    RANK: tl.constexpr,
+    INPUTS: tl.constexpr,
+    DIRECT: tl.constexpr,
+):
+    """Hand in this program's part of one gradient: to the gradient itself, or to its chunk's place."""
+    if slot >= 0:
+        r = tl.arange(0, RANK)
+        address, rank, _, scale = gradient_facts(site, member, INPUTS)
+        if DIRECT:
+            if address != 0:
+                add_to_gradient(address, acc * scale, r, f, rank, width, INPUTS)
+        else:
+            target = partial_ptr + (tl.program_id(1) * ranks + r[:, None]).to(tl.int64) * columns
+            mask = (r < ranks)[:, None] & (f < width)[None, :]
+            tl.store(target + (first + f)[None, :], acc * scale, mask=mask)
 
 
-def _routes(*addends: Addend | None) -> Any:
-    return next((addend.low.routes for addend in addends if addend is not None), None)
+# Tokens of one program where no slot says how far it may walk.
+_RUN = 256
+# Up to here a GPU is not full, and longer blocks of tokens hide more of the memory's latency.
+_FEW_TOKENS = 2048
+# Ranks whose sums a program can hold beside its blocks.
+_MOST_HELD = 32
 
 
-def _grid(routes: Any, tokens: int, width: int) -> tuple[int, int]:
-    rows = ceil_div(tokens, _ROWS) if routes is None else routes.tiles_N3.shape[0] * (TILE // _ROWS)
-    return rows, ceil_div(width, _COLUMNS)
-
-
-def swiglu(gate_up: Sum) -> Tensor:
-    """See `swiglu.swiglu`."""
+def swiglu(gate_up: Sum, h_TF: Tensor) -> None:
+    """See `swiglu.swiglu`; written into h_TF."""
+    if _is_wide(gate_up.addend):
+        gate_up.settled()
     gate_up_TF2, addend = gate_up.y_TO, gate_up.addend
-    tokens, width = gate_up_TF2.shape[0], gate_up_TF2.shape[1] // 2
-    h_TF = gate_up_TF2.new_empty(tokens, width)
-    routes = _routes(addend)
+    tokens, width = h_TF.shape
+    routes: Any = None if addend is None else addend.low.routes
     low_TW = h_TF if addend is None else addend.low_TW
-    _swiglu_kernel[_grid(routes, tokens, width)](
+    rank = 16 if addend is None else power_of_two(addend.low.rank, least=16)
+    columns = 128
+    runs = ceil_div(tokens, _RUN) if routes is None else routes.tiles_N3.shape[0]
+    _swiglu_kernel[(ceil_div(width, columns), runs)](
         gate_up_TF2,
+        gate_up_TF2.stride(0),
         h_TF,
+        h_TF.stride(0),
         low_TW,
         low_TW.stride(0),
         h_TF if routes is None else routes.tiles_N3,
         h_TF if addend is None else addend.low.table_SF,
         tokens,
         width,
-        ROWS=_ROWS,
-        COLUMNS=_COLUMNS,
-        RANK=16 if addend is None else padded_rank(addend.low.rank),
+        ROWS=16,
+        COLUMNS=columns,
+        RANK=rank,
         ROUTED=routes is not None,
+        RUN=_RUN,
+        STAGES=3,
         FIELDS=FIELDS,
         num_warps=4,
     )
-    return h_TF
 
 
-def swiglu_backward(dh: Sum, gate_up: Sum) -> tuple[Tensor, Tensor]:
+def swiglu_backward(dh: Sum, gate_up: Sum, back: Addend | None, ahead: Addend | None) -> Tensor:
     """See `swiglu.swiglu_backward`."""
-    dh_TF, gate_up_TF2, back, ahead = dh.y_TO, gate_up.y_TO, dh.addend, gate_up.addend
+    if _is_wide(back) or _is_wide(ahead):
+        return _wide_backward(dh, gate_up, back, ahead)
+    return _backward(dh, gate_up, back, ahead, keep_h=False)
+
+
+def _wide_backward(dh: Sum, gate_up: Sum, back: Addend | None, ahead: Addend | None) -> Tensor:
+    """With sums of its own kernels, which take large ranks a part at a time and small ones beside them once."""
+    dh.settled(), gate_up.settled()
+    d_gate_up_TF2 = _backward(dh, gate_up, None, None, keep_h=True)
+    if back is not None:
+        add_gradient_a(dh.y_TO, back.low_TW, back.low)
+    if ahead is not None:
+        add_gradient_b(d_gate_up_TF2, ahead.low_TW, ahead.low)
+    return d_gate_up_TF2
+
+
+def _is_wide(addend: Addend | None) -> bool:
+    return addend is not None and max(addend.low.rank, addend.low.width) > _MOST_HELD
+
+
+def _backward(dh: Sum, gate_up: Sum, back: Addend | None, ahead: Addend | None, *, keep_h: bool) -> Tensor:
+    """keep_h: write h over dh."""
+    dh_TF, gate_up_TF2 = dh.y_TO, gate_up.y_TO
     tokens, width = dh_TF.shape
-    routes = _routes(back, ahead)
-    drop = back is not None and routes is not None and routes.draw_T is not None
+    either = back or ahead
+    routes: Any = None if either is None else either.low.routes
+    rank = 16 if ahead is None else power_of_two(ahead.low.rank, least=16)
+    d_rank = 16 if back is None else power_of_two(back.low.width, least=16)
+    columns = 64
+    runs = ceil_div(tokens, _RUN) if routes is None else routes.chunks_C3.shape[0]
+    partial_b = None if ahead is None else partial_sums(dh_TF, ahead.low.rank, 2 * width, routes)
+    partial_a = None if back is None else partial_sums(dh_TF, back.low.width, width, routes)
+    drop = back is not None and routes.draw_T is not None
     low_TW = dh_TF if ahead is None else ahead.low_TW
     d_low_TW = dh_TF if back is None else back.low_TW
-    _swiglu_backward_kernel[_grid(routes, tokens, width)](
+    _swiglu_backward_kernel[(ceil_div(width, columns), runs)](
         dh_TF,
         gate_up_TF2,
+        gate_up_TF2.stride(0),
         low_TW,
         low_TW.stride(0),
         dh_TF if ahead is None else ahead.low.table_SF,
         d_low_TW,
         d_low_TW.stride(0),
         dh_TF if back is None else back.low.table_SF,
-        dh_TF if routes is None else routes.tiles_N3,
-        dh_TF if routes is None or not drop else routes.draw_T,
+        dh_TF if routes is None else routes.chunks_C3,
+        routes.draw_T if drop else dh_TF,
+        dh_TF if partial_b is None else partial_b,
+        dh_TF if partial_a is None else partial_a,
         tokens,
         width,
-        ROWS=_ROWS,
-        COLUMNS=_COLUMNS,
-        RANK=16 if ahead is None else padded_rank(ahead.low.rank),
-        D_RANK=16 if back is None else padded_rank(back.low.width),
+        0 if ahead is None else ahead.low.rank,
+        0 if back is None else back.low.width,
+        ROWS=16 if tokens > _FEW_TOKENS else 32,
+        COLUMNS=columns,
+        RANK=rank,
+        D_RANK=d_rank,
         ROUTED=routes is not None,
         LOW=ahead is not None,
         D_LOW=back is not None,
+        ADD_LOW=gate_up.addend is not None,
+        ADD_D_LOW=dh.addend is not None,
         DROP=drop,
+        DIRECT=routes is None or routes.whole,
+        KEEP_H=keep_h,
+        RUN=_RUN,
+        STAGES=3,
         FIELDS=FIELDS,
         num_warps=4,
     )
+    _reduce(partial_a, back, (0, width), inputs=True)
+    _reduce(partial_b, ahead, (0, width, 2 * width), inputs=False)
     dh.addend = gate_up.addend = None
-    return gate_up_TF2, dh_TF
+    return gate_up_TF2
+
+
+def _reduce(partial: Tensor | None, addend: Addend | None, bounds: tuple[int, ...], *, inputs: bool) -> None:
+    if partial is not None and addend is not None and addend.low.table_SF is not None:
+        reduce_gradient(partial, bounds, addend.low.routes, addend.low.table_SF, inputs=inputs)

@@ -10,7 +10,8 @@ This module does not know losses, text, files, or how adapters are stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -20,18 +21,31 @@ from torch.nn import functional
 from tenon.bases.facts import MODULE_PATHS, ModelFacts
 from tenon.batch import Batch
 from tenon.kernels.gpu import can_fuse
-from tenon.kernels.low_rank import LowRank, Routes
+from tenon.kernels.low_rank import LoraGroup, LowRank, Routes, Sum
 from tenon.kernels.low_rank_triton import TILE
-from tenon.kernels.rms_norm import add_norm, rms_norm_backward
+from tenon.kernels.rms_norm import add_norm, add_norm_backward
 from tenon.kernels.rotary import HeadShape, Rotation
 from tenon.models import flash
 from tenon.models import layer as layers
 from tenon.models.attention import Attention, PackedAttention
-from tenon.models.frozen import FrozenKind, FrozenLinear, make_frozen
+from tenon.models.frozen import DenseLinear, FrozenKind, FrozenLinear, make_frozen
 from tenon.models.host import HostStore
 from tenon.models.layer import Keep, Layer, LayerTape, Pass, Stream
 from tenon.models.rope import rotary_tables
+from tenon.models.shards import ShardedLayers, Sharing
+from tenon.models.walk import LayerWalk, ResidentLayers
 from tenon.models.weights import STACKS, Place, layer_places, load_tensors, tensor_place
+
+# Below so many tokens a batch does not win back the time that it takes to fill the borders.
+_RIDE_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Rider:
+    """A slot whose matrices may lie in the borders of the frozen weights. state: changes whenever they do."""
+
+    state: tuple[int, int]
+    groups: Mapping[tuple[int, str], LoraGroup]
 
 
 class Bank(Protocol):
@@ -42,6 +56,10 @@ class Bank(Protocol):
 
         routes: the batch's, where kernels are fused.
         """
+        ...
+
+    def rider(self, batch: Batch) -> Rider | None:
+        """The slot that alone has all of the batch, without dropout; None when there is no such slot."""
         ...
 
     def lowest_layer(self, batch: Batch) -> int:
@@ -64,20 +82,31 @@ class Decoder:
         kind: FrozenKind = "dense",
         compute_fp8: bool = False,
         fuse: bool | None = None,
+        ride_rank: int = 0,
+        sharing: Sharing | None = None,
     ) -> None:
         """Allocates the weights, uninitialised; fill them with `load_tensors`.
 
         kind: what the linear weights are kept in; embedding, head and norms stay in dtype. compute_fp8: see
-        `make_frozen`. fuse None: where it can.
+        `make_frozen`. fuse None: where it can. ride_rank: up to this rank of one module a batch of one slot has its
+        low-rank sums made inside the frozen products (dense, fused; takes ride_rank / hidden more memory). sharing:
+        the layers are spread over the ranks; `layers` is empty then, and nothing rides.
         """
         self.facts, self.dtype, self.device = facts, dtype, device
         self.kind: FrozenKind = kind
         self.compute_fp8 = compute_fp8
         self.fuse = can_fuse(device, dtype) if fuse is None else fuse
+        self._ride_rank = ride_rank if self.fuse and kind == "dense" and sharing is None else 0
+        self._rider: tuple[int, int] | None = None
         self.embedding_VD = self._empty(facts.vocab, facts.hidden)
         self.head_VD = self.embedding_VD if facts.tied_head else self._empty(facts.vocab, facts.hidden)
         self.final_norm_D = self._empty(facts.hidden)
-        self.layers = [self._empty_layer() for _ in range(facts.layers)]
+        self.layers = [self._empty_layer() for _ in range(0 if sharing else facts.layers)]
+        self.walk: LayerWalk = (
+            ShardedLayers(self._empty_layer, facts, sharing, device=device, quantised=kind != "dense")
+            if sharing
+            else ResidentLayers(self.layers, facts)
+        )
         self._tables = rotary_tables(facts.rope, facts.head_dim, 0, device)
 
     def _empty(self, *shape: int) -> Tensor:
@@ -105,6 +134,7 @@ class Decoder:
             dtype=self.dtype,
             device=self.device,
             compute_fp8=self.compute_fp8,
+            border=-(-len(shapes) * self._ride_rank // 16) * 16,
         )
 
     @property
@@ -127,8 +157,8 @@ class Decoder:
         }
         if not self.facts.tied_head:
             named["lm_head.weight"] = tensor_place(self.head_VD)
-        for i, layer in enumerate(self.layers):
-            named |= {f"model.layers.{i}.{name}": place for name, place in layer_places(layer, self.facts).items()}
+        for i in range(self.facts.layers):
+            named |= {f"model.layers.{i}.{name}": place for name, place in self.walk.places(i).items()}
         return named
 
     def named_tensors(self) -> dict[str, Tensor]:
@@ -162,7 +192,7 @@ class Decoder:
         """
         passes = self._passes(batch, bank, attention or PackedAttention(batch.attention))
         stream = Stream(functional.embedding(batch.ids_T, self.embedding_VD))
-        for layer, at in zip(self.layers, passes, strict=True):
+        for at, layer in zip(passes, self.walk.up(), strict=True):
             stream, _ = layers.forward(layer, stream, at, record=False)
         return add_norm(stream.x_TD, stream.update, self.final_norm_D, self.facts.norm_eps, fuse=self.fuse)[1]
 
@@ -179,19 +209,25 @@ class Decoder:
         """What each layer is told of the batch."""
         facts, rotation, routes = self.facts, self._rotation(batch), None
         if self.fuse and bank is not None:
-            if batch.tiles_N3 is None or batch.segments_M3 is None:
+            listed = batch.routes
+            if listed is None:
                 raise ValueError("fused kernels need a batch that lists its tiles: PackOptions(tile_tokens=…)")
-            routes = Routes(batch.tiles_N3, batch.segments_M3, batch.draw_T)
+            routes = Routes(listed.tiles_N3, listed.chunks_C3, listed.segments_M3, listed.whole, batch.draw_T)
+
+        rider = self._take_rider(batch, bank)
 
         def low_of(layer: int, stack: str) -> LowRank | None:
-            return None if bank is None else bank.low_rank(layer, stack, batch, routes)
+            low = None if bank is None else bank.low_rank(layer, stack, batch, routes)
+            return low if low is None or rider is None else replace(low, rides=True)
 
+        lows = [{stack: low_of(i, stack) for stack in STACKS} for i in range(facts.layers)]
         return [
             Pass(
                 index=i,
                 rotation=rotation if facts.rotary_layers[i] else None,
                 attention=attention,
-                low={stack: low_of(i, stack) for stack in STACKS},
+                low=lows[i],
+                below=lows[i - 1]["down"] if i else None,
                 scale=facts.head_dim**-0.5,
                 window=facts.window_layers[i],
                 eps=facts.norm_eps,
@@ -199,6 +235,34 @@ class Decoder:
             )
             for i in range(facts.layers)
         ]
+
+    def _take_rider(self, batch: Batch, bank: Bank | None) -> Rider | None:
+        """The batch's one slot, with its matrices in the borders; None where it does not pay or does not fit."""
+        if bank is None or not self._ride_rank or batch.tokens < _RIDE_TOKENS:
+            return None
+        rider = bank.rider(batch)
+        ranks = () if rider is None else (m.b_OR.shape[1] for g in rider.groups.values() for m in g.members)
+        if rider is None or max(ranks) > self._ride_rank:
+            return None
+        if rider.state != self._rider:
+            self._fill_borders(rider, other=self._rider is None or rider.state[0] != self._rider[0])
+            self._rider = rider.state
+        return rider
+
+    def _fill_borders(self, rider: Rider, *, other: bool) -> None:
+        """Copy a slot's matrices around the weights. other: another slot's lie there now."""
+        for i, layer in enumerate(self.layers):
+            for stack, linear in layer.stacks.items():
+                assert isinstance(linear, DenseLinear)
+                if other:
+                    linear.clear_border()
+                group = rider.groups.get((i, stack))
+                if group is None:
+                    continue
+                b_OW, a_WD = linear.border_views(group.a_RD.shape[0])
+                a_WD.copy_(group.a_RD)
+                for m in group.members:
+                    torch.mul(m.b_OR, m.scale, out=b_OW[m.out_start : m.out_stop, m.rank_start : m.rank_stop])
 
     def _rotation(self, batch: Batch) -> Rotation:
         """cos and sin (T, E) in the decoder's dtype, from fp32 tables that grow as rows get longer."""
@@ -219,7 +283,7 @@ class Recording:
         self._host = HostStore(decoder.device)
         self._tapes: list[LayerTape | None] = []
         stream = Stream(functional.embedding(batch.ids_T, decoder.embedding_VD))
-        for at, layer, kept in zip(self._passes, decoder.layers, keep, strict=True):
+        for at, layer, kept in zip(self._passes, decoder.walk.up(), keep, strict=True):
             stream, tape = layers.forward(layer, stream, at, record=at.index >= self._lowest)
             self._tapes.append(tape)
             if tape is not None:
@@ -241,13 +305,21 @@ class Recording:
         decoder = self._decoder
         if self._lowest >= len(self._passes):
             return
-        dx_TD: Tensor | None = rms_norm_backward(
-            d_hidden_TD, self._last_TD, decoder.final_norm_D, decoder.facts.norm_eps
+        dx_TD: Tensor | None
+        dx_TD, _ = add_norm_backward(
+            Sum(d_hidden_TD, None),
+            self._last_TD,
+            None,
+            decoder.final_norm_D,
+            decoder.facts.norm_eps,
+            fuse=decoder.fuse,
+            reader=self._passes[-1].low["down"],
         )
         del self._last_TD, self.hidden_TD
-        for at in reversed(self._passes[self._lowest :]):
+        way = zip(reversed(self._passes[self._lowest :]), decoder.walk.down(self._lowest), strict=True)
+        for at, layer in way:
             tape, self._tapes[at.index] = self._tapes[at.index], None
             assert tape is not None and dx_TD is not None
             if at.index in self._host:
                 tape.x_TD = self._host.take(at.index)
-            dx_TD = layers.backward(decoder.layers[at.index], dx_TD, tape, at, needs_input=at.index > self._lowest)
+            dx_TD = layers.backward(layer, dx_TD, tape, at, needs_input=at.index > self._lowest)

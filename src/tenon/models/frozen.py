@@ -19,7 +19,9 @@ Shape legend: T tokens, D inputs, O outputs. This module does not know layers, a
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Callable
+from copy import copy
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,9 +29,11 @@ from torch.nn import functional
 
 from tenon.kernels import fp8, int8, nf4
 from tenon.kernels.fp8 import Fp8Rows
+from tenon.kernels.low_rank import LINE
 from tenon.kernels.nf4 import Nf4Weight
 
 FrozenKind = Literal["dense", "fp8", "int8", "nf4"]
+Take: TypeAlias = Callable[[Tensor], Tensor]
 
 # Partial sums of the forward stay in the tensor cores' registers: their error is far below that of fp8 itself. A dgrad
 # sums over up to 28,672 outputs and its error travels through all layers below, so there they move to fp32.
@@ -74,23 +78,68 @@ class FrozenLinear(Protocol):
         """Rows [start, stop) as they are multiplied, in the compute dtype."""
         ...
 
+    def moved(self, take: Take) -> FrozenLinear:
+        """The same map whose tensors are what `take` gives for each of these, of the same shape and dtype."""
+        ...
+
 
 class DenseLinear:
-    """A plain tensor weight_OD in the compute dtype."""
+    """A plain tensor weight_OD in the compute dtype; with a border, room for one slot's matrices around it.
+
+        [ W  s B ]      [x, low] [W, s B]^T = W x + s B low
+        [ A   .  ]      [dy, d_low] [W; A]  = dy W + d_low A
+
+    so that the low-rank sums of a batch of one slot are made inside the products. The weight itself never changes.
+    """
 
     takes_fp8 = False
     output_scale_O: Tensor | None = None
 
     def __init__(
-        self, outputs: int, inputs: int, *, bias_O: Tensor | None, dtype: torch.dtype, device: torch.device
+        self,
+        outputs: int,
+        inputs: int,
+        *,
+        bias_O: Tensor | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        border: int = 0,
     ) -> None:
-        self.outputs, self.inputs, self.bias_O = outputs, inputs, bias_O
-        self.weight_OD = torch.empty((outputs, inputs), dtype=dtype, device=device)
+        """border: ranks that it has room for."""
+        self.outputs, self.inputs, self.bias_O, self.border = outputs, inputs, bias_O, border
+        # Rows begin at whole lines of memory; see `kernels.low_rank.room`.
+        stride = -(-(inputs + border) // LINE) * LINE if border else inputs
+        whole = torch.empty((outputs + border, stride), dtype=dtype, device=device)
+        self._bordered = whole[:, : inputs + border]
+        self.weight_OD = self._bordered[:outputs, :inputs]
+        self.clear_border()
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the weight."""
-        return _bytes_of(self.weight_OD)
+        return _bytes_of(self._bordered)
+
+    def clear_border(self) -> None:
+        """Zeros around the weight."""
+        self._bordered[self.outputs :].zero_()
+        self._bordered[:, self.inputs :].zero_()
+
+    def border_views(self, width: int) -> tuple[Tensor, Tensor]:
+        """(s B (O, width), A (width, D)) of the border, to be written."""
+        b_OW = self._bordered[: self.outputs, self.inputs : self.inputs + width]
+        return b_OW, self._bordered[self.outputs : self.outputs + width, : self.inputs]
+
+    def apply_bordered(self, x_TX: Tensor, out_TO: Tensor) -> None:
+        """out = [x, low] [W, s B]^T + bias; x_TX (T, D + width)."""
+        weight_XO = self._bordered[: self.outputs, : x_TX.shape[1]].t()
+        if self.bias_O is None:
+            torch.mm(x_TX, weight_XO, out=out_TO)
+        else:
+            torch.addmm(self.bias_O, x_TX, weight_XO, out=out_TO)
+
+    def apply_transposed_bordered(self, dy_TX: Tensor) -> Tensor:
+        """[dy, d_low] [W; A], (T, D); dy_TX (T, O + width)."""
+        return dy_TX @ self._bordered[: dy_TX.shape[1], : self.inputs]
 
     def apply(self, x_TD: Tensor, quantised: Fp8Rows | None = None) -> Tensor:  # noqa: ARG002 (of the protocol)
         """(T, D) -> (T, O)."""
@@ -108,6 +157,14 @@ class DenseLinear:
     def dense(self, start: int, stop: int) -> Tensor:
         """A view of the rows."""
         return self.weight_OD[start:stop]
+
+    def moved(self, take: Take) -> DenseLinear:
+        """See `FrozenLinear.moved`."""
+        there = copy(self)
+        there._bordered = take(self._bordered)
+        there.weight_OD = there._bordered[: self.outputs, : self.inputs]
+        there.bias_O = _moved_bias(self.bias_O, take)
+        return there
 
 
 class Fp8Linear:
@@ -173,6 +230,15 @@ class Fp8Linear:
         rows = Fp8Rows(self.rows.values_TD[start:stop], self.rows.scale_T[start:stop])
         return fp8.dequantise_rows(rows, self.dtype)
 
+    def moved(self, take: Take) -> Fp8Linear:
+        """See `FrozenLinear.moved`."""
+        there = copy(self)
+        there.rows = Fp8Rows(take(self.rows.values_TD), take(self.rows.scale_T))
+        there.output_scale_O = there.rows.scale_T
+        there.columns_DO = take(self.columns_DO)
+        there.bias_O = _moved_bias(self.bias_O, take)
+        return there
+
 
 class Int8Linear:
     """int8 with one scale a row, dequantised to the compute dtype each time it is multiplied."""
@@ -213,6 +279,13 @@ class Int8Linear:
         """(n, D) in the compute dtype."""
         rows = int8.Int8Rows(self.rows.values_OD[start:stop], self.rows.scale_O[start:stop])
         return int8.dequantise_rows(rows, self.dtype)
+
+    def moved(self, take: Take) -> Int8Linear:
+        """See `FrozenLinear.moved`."""
+        there = copy(self)
+        there.rows = int8.Int8Rows(take(self.rows.values_OD), take(self.rows.scale_O))
+        there.bias_O = _moved_bias(self.bias_O, take)
+        return there
 
 
 class Nf4Linear:
@@ -287,6 +360,15 @@ class Nf4Linear:
         pieces = [self._module(self.modules[at], self.dtype) for at in sorted(self.modules) if first <= at < stop]
         return torch.cat(pieces)[start - first : stop - first]
 
+    def moved(self, take: Take) -> Nf4Linear:
+        """See `FrozenLinear.moved`."""
+        there = copy(self)
+        there.modules = {start: self.modules[start].moved(take) for start in sorted(self.modules)}
+        there.scale_O, there.inverse_scale_O = take(self.scale_O), take(self.inverse_scale_O)
+        there.output_scale_O = there.scale_O if self.compute_fp8 else None
+        there.bias_O = _moved_bias(self.bias_O, take)
+        return there
+
     def _module(self, weight: Nf4Weight, dtype: torch.dtype) -> Tensor:
         out_OD = torch.empty(weight.shape, dtype=dtype, device=self.device)
         nf4.dequantise(weight, out_OD)
@@ -324,14 +406,16 @@ def make_frozen(
     device: torch.device,
     compute_fp8: bool = False,
     fp8_twice: bool = True,
+    border: int = 0,
 ) -> FrozenLinear:
     """An empty map of one kind: set it with `put`, and its bias_O (uninitialised, in dtype) where there is one.
 
     compute_fp8: for nf4, multiply in fp8 what is dequantised. fp8_twice: for fp8, keep the transposed weight too.
+    border: for dense, ranks of one slot that it has room for.
     """
     bias_O = torch.empty(outputs, dtype=dtype, device=device) if bias else None
     if kind == "dense":
-        return DenseLinear(outputs, inputs, bias_O=bias_O, dtype=dtype, device=device)
+        return DenseLinear(outputs, inputs, bias_O=bias_O, dtype=dtype, device=device, border=border)
     if kind == "fp8":
         return Fp8Linear(outputs, inputs, bias_O=bias_O, dtype=dtype, device=device, twice=fp8_twice)
     if kind == "int8":
@@ -342,6 +426,10 @@ def make_frozen(
 def as_tensor(weight: Tensor | Nf4Weight, device: torch.device) -> Tensor:
     """A weight (n, D) on a device, dequantised to fp32 where it was quantised before."""
     return nf4.dequantise_reference(weight.copied_to(device)) if isinstance(weight, Nf4Weight) else weight.to(device)
+
+
+def _moved_bias(bias_O: Tensor | None, take: Take) -> Tensor | None:
+    return None if bias_O is None else take(bias_O)
 
 
 def _bytes_of(*tensors: Tensor) -> int:

@@ -19,12 +19,23 @@ from enum import Enum
 
 from torch import Tensor
 
-from tenon.kernels.low_rank import Addend, LowRank, Sum, add_gradient_a, add_gradient_b, project, project_back
+from tenon.kernels.low_rank import (
+    Addend,
+    LowRank,
+    Sum,
+    add_gradient_a,
+    add_gradient_b,
+    project,
+    project_apart,
+    project_back,
+    room,
+    whole,
+)
 from tenon.kernels.rms_norm import add_norm, add_norm_backward
 from tenon.kernels.rotary import Heads, HeadShape, Rotation, make_heads, make_heads_backward
 from tenon.kernels.swiglu import swiglu, swiglu_backward
 from tenon.models.attention import Attention, AttentionTape
-from tenon.models.frozen import FrozenLinear
+from tenon.models.frozen import DenseLinear, FrozenLinear
 
 
 class Keep(Enum):
@@ -54,7 +65,8 @@ class Layer:
 @dataclass(frozen=True, slots=True)
 class Pass:
     """What one layer needs of the batch. rotation None: the layer does not rotate. low: the slots' additions at a
-    stacked weight. fuse: whether fused kernels run.
+    stacked weight. fuse: whether fused kernels run. below: the additions at the layer below's down, which reads the
+    gradient that this layer makes.
     """
 
     index: int
@@ -65,6 +77,7 @@ class Pass:
     window: int
     eps: float
     fuse: bool
+    below: LowRank | None = None
 
 
 @dataclass(slots=True)
@@ -99,55 +112,68 @@ class LayerTape:
 
 def forward(layer: Layer, stream: Stream, at: Pass, *, record: bool) -> tuple[Stream, LayerTape | None]:
     """The stream after the layer, and what its backward pass needs when it is recorded."""
-    x_TD, n_TD = add_norm(stream.x_TD, stream.update, layer.input_norm_D, at.eps, fuse=at.fuse)
+    x_TD, n_TD = add_norm(stream.x_TD, stream.update, layer.input_norm_D, at.eps, fuse=at.fuse, reader=at.low["qkv"])
     tape = LayerTape(x_TD)
     _attend(layer, n_TD, tape, at, record=record)
     assert tape.x2_TD is not None and tape.gate_up is not None
-    h_TF = swiglu(tape.gate_up, fuse=at.fuse)
-    low_down, down = project(h_TF, at.low["down"]), layer.stacks["down"].apply(h_TF)
+    h_TF = swiglu(tape.gate_up, fuse=at.fuse, reader=at.low["down"])
+    down, low_down = _apply(layer, "down", h_TF, at)
     tape.lows = (*tape.lows[:3], low_down)
-    after = Stream(tape.x2_TD, _sum(down, low_down, at.low["down"]))
+    after = Stream(tape.x2_TD, down)
     return after, tape if record else None
 
 
 def _attend(layer: Layer, n_TD: Tensor, tape: LayerTape, at: Pass, *, record: bool) -> None:
     """From the normed input to gate and up, onto the tape."""
-    low_qkv, low_o = at.low["qkv"], at.low["o"]
-    projected = project(n_TD, low_qkv)
-    qkv = _sum(layer.stacks["qkv"].apply(n_TD), projected, low_qkv)
+    qkv, low_qkv = _apply(layer, "qkv", n_TD, at)
     heads = make_heads(qkv, at.rotation, layer.heads, fuse=at.fuse)
     attended_THE, attention = at.attention.attend(
         at.index, heads.q_THE, heads.k_TKE, heads.v_TKE, scale=at.scale, window=at.window, record=record
     )
     attended_TD = attended_THE.flatten(1)
-    low_attended = project(attended_TD, low_o)
-    out = _sum(layer.stacks["o"].apply(attended_TD), low_attended, low_o)
+    # Attention makes its own output, which has no room for a tail: here low does not ride.
+    low_o = project_apart(attended_TD, at.low["o"])
+    out = _sum(layer.stacks["o"].apply(attended_TD), low_o, at.low["o"])
     tape.heads, tape.attention, tape.attended_TD = heads, attention, attended_TD
-    tape.x2_TD, n2_TD = add_norm(tape.x_TD, out, layer.post_norm_D, at.eps, fuse=at.fuse)
-    tape.lows = (projected, low_attended, None, None)
+    tape.x2_TD, n2_TD = add_norm(tape.x_TD, out, layer.post_norm_D, at.eps, fuse=at.fuse, reader=at.low["gate_up"])
+    tape.lows = (low_qkv, low_o, None, None)
     _gate_up(layer, n2_TD, tape, at)
 
 
 def _gate_up(layer: Layer, n2_TD: Tensor, tape: LayerTape, at: Pass) -> None:
-    low = at.low["gate_up"]
-    projected = project(n2_TD, low)
-    tape.gate_up = _sum(layer.stacks["gate_up"].apply(n2_TD), projected, low)
-    tape.lows = (*tape.lows[:2], projected, tape.lows[3])
+    tape.gate_up, low_TW = _apply(layer, "gate_up", n2_TD, at)
+    tape.lows = (*tape.lows[:2], low_TW, tape.lows[3])
+
+
+def _apply(layer: Layer, stack: str, x_TD: Tensor, at: Pass) -> tuple[Sum, Tensor | None]:
+    """(the stacked weight's product with what is still to be added, the low-rank activations)."""
+    linear, low = layer.stacks[stack], at.low[stack]
+    low_TW = project(x_TD, low)
+    if low is None or not low.rides or not isinstance(linear, DenseLinear):
+        return _sum(linear.apply(x_TD), low_TW, low), low_TW
+    # The gradient of gate and up will lie in the same tensor, and have a tail too.
+    y_TO = room(x_TD, linear.outputs, low if stack == "gate_up" else None)
+    linear.apply_bordered(whole(x_TD, low), y_TO)
+    return Sum(y_TO, None), low_TW
 
 
 def _sum(y_TO: Tensor, low_TW: Tensor | None, low: LowRank | None) -> Sum:
-    return Sum(y_TO, None if low_TW is None or low is None else Addend(low_TW, low, back=False))
+    return Sum(y_TO, _addend(low_TW, low, back=False))
+
+
+def _addend(low_TW: Tensor | None, low: LowRank | None, *, back: bool) -> Addend | None:
+    return None if low_TW is None or low is None else Addend(low_TW, low, back=back)
 
 
 def rebuild(layer: Layer, tape: LayerTape, at: Pass) -> None:
     """Compute again what the tape lacks; the same kernels on the same inputs give the same bits."""
     if tape.x2_TD is None:
-        _, n_TD = add_norm(tape.x_TD, None, layer.input_norm_D, at.eps, fuse=at.fuse)
+        _, n_TD = add_norm(tape.x_TD, None, layer.input_norm_D, at.eps, fuse=at.fuse, reader=at.low["qkv"])
         low_down = tape.lows[3]
         _attend(layer, n_TD, tape, at, record=True)
         tape.lows = (*tape.lows[:3], low_down)
     elif tape.gate_up is None:
-        _, n2_TD = add_norm(tape.x2_TD, None, layer.post_norm_D, at.eps, fuse=at.fuse)
+        _, n2_TD = add_norm(tape.x2_TD, None, layer.post_norm_D, at.eps, fuse=at.fuse, reader=at.low["gate_up"])
         _gate_up(layer, n2_TD, tape, at)
 
 
@@ -162,41 +188,46 @@ def backward(layer: Layer, dx_TD: Tensor, tape: LayerTape, at: Pass, *, needs_in
     assert tape.attended_TD is not None and tape.x2_TD is not None
 
     dh, d_low = _back(layer, "down", dx_TD, low_down, at)
-    d_gate_up, h_TF = swiglu_backward(dh, tape.gate_up, fuse=at.fuse)
+    back, ahead = _addend(d_low, at.low["down"], back=True), _addend(low_gate_up, at.low["gate_up"], back=False)
+    d_gate_up = swiglu_backward(dh, tape.gate_up, back, ahead, fuse=at.fuse)
     tape.gate_up = None
-    _add_a(h_TF, d_low, at.low["down"])
-    del dh, h_TF
+    del dh
 
-    dn2, d_low = _back(layer, "gate_up", d_gate_up, low_gate_up, at)
+    dn2, d_low = _back(layer, "gate_up", d_gate_up, None, at)
     del d_gate_up
-    dx2_TD, n2_TD = add_norm_backward(dn2, tape.x2_TD, dx_TD, layer.post_norm_D, at.eps, fuse=at.fuse)
+    dx2_TD, n2_TD = add_norm_backward(
+        dn2, tape.x2_TD, dx_TD, layer.post_norm_D, at.eps, fuse=at.fuse, reader=at.low["o"]
+    )
     _add_a(n2_TD, d_low, at.low["gate_up"])
     del dn2, n2_TD
 
     da, d_low = _back(layer, "o", dx2_TD, low_o, at)
     _add_a(tape.attended_TD, d_low, at.low["o"])
-    dq, dk, dv = tape.attention.backward(da.settled().view(tape.heads.q_THE.shape))
-    d_qkv = make_heads_backward(dq, dk, dv, tape.heads, at.rotation, layer.heads, fuse=at.fuse)
+    grads = tape.attention.backward(da.settled().view(tape.heads.q_THE.shape))
+    d_qkv = make_heads_backward(grads, tape.heads, at.rotation, layer.heads, fuse=at.fuse, reader=at.low["qkv"])
     tape.heads, tape.attention, tape.attended_TD, tape.x2_TD = None, None, None, None
-    del da, dq, dk, dv
+    del da, grads
 
     if not needs_input:
         _lowest(layer, d_qkv, low_qkv, tape.x_TD, at)
         return None
     dn, d_low = _back(layer, "qkv", d_qkv, low_qkv, at)
-    dx_TD, n_TD = add_norm_backward(dn, tape.x_TD, dx2_TD, layer.input_norm_D, at.eps, fuse=at.fuse)
+    dx_TD, n_TD = add_norm_backward(dn, tape.x_TD, dx2_TD, layer.input_norm_D, at.eps, fuse=at.fuse, reader=at.below)
     _add_a(n_TD, d_low, at.low["qkv"])
     return dx_TD
 
 
 def _back(layer: Layer, stack: str, dy_TO: Tensor, low_TW: Tensor | None, at: Pass) -> tuple[Sum, Tensor | None]:
-    """(the gradient of the stacked weight's input, d_low); B's gradient is added."""
-    low = at.low[stack]
-    if low is None or low_TW is None:
-        return Sum(layer.stacks[stack].apply_transposed(dy_TO), None), None
+    """(the gradient of the stacked weight's input, d_low); B's gradient is added, where low_TW is given."""
+    linear, low = layer.stacks[stack], at.low[stack]
+    if low is None:
+        return Sum(linear.apply_transposed(dy_TO), None), None
     d_low_TW = project_back(dy_TO, low)
-    add_gradient_b(dy_TO, low_TW, low)
-    return Sum(layer.stacks[stack].apply_transposed(dy_TO), Addend(d_low_TW, low, back=True)), d_low_TW
+    if low_TW is not None:
+        add_gradient_b(dy_TO, low_TW, low)
+    if low.rides and isinstance(linear, DenseLinear):
+        return Sum(linear.apply_transposed_bordered(whole(dy_TO, low)), None), d_low_TW
+    return Sum(linear.apply_transposed(dy_TO), Addend(d_low_TW, low, back=True)), d_low_TW
 
 
 def _add_a(x_TD: Tensor, d_low_TW: Tensor | None, low: LowRank | None) -> None:
