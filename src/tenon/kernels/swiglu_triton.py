@@ -280,7 +280,8 @@ def swiglu_backward(dh: Sum, gate_up: Sum, back: Addend | None, ahead: Addend | 
 
 def _wide_backward(dh: Sum, gate_up: Sum, back: Addend | None, ahead: Addend | None) -> Tensor:
     """With sums of its own kernels, which take large ranks a part at a time and small ones beside them once."""
-    dh.settled(), gate_up.settled()
+    dh.settled()
+    gate_up.settled()
     d_gate_up_TF2 = _backward(dh, gate_up, None, None, keep_h=True)
     if back is not None:
         add_gradient_a(dh.y_TO, back.low_TW, back.low)

@@ -23,6 +23,7 @@ from tenon.batch import Batch
 from tenon.kernels.gpu import can_fuse
 from tenon.kernels.low_rank import LoraGroup, LowRank, Routes, Sum
 from tenon.kernels.low_rank_triton import TILE
+from tenon.kernels.nf4 import Nf4Weight
 from tenon.kernels.rms_norm import add_norm, add_norm_backward
 from tenon.kernels.rotary import HeadShape, Rotation
 from tenon.models import flash
@@ -81,20 +82,21 @@ class Decoder:
         device: torch.device,
         kind: FrozenKind = "dense",
         compute_fp8: bool = False,
+        fp8_twice: bool = True,
         fuse: bool | None = None,
         ride_rank: int = 0,
         sharing: Sharing | None = None,
     ) -> None:
         """Allocates the weights, uninitialised; fill them with `load_tensors`.
 
-        kind: what the linear weights are kept in; embedding, head and norms stay in dtype. compute_fp8: see
+        kind: what the linear weights are kept in; embedding, head and norms stay in dtype. compute_fp8, fp8_twice: see
         `make_frozen`. fuse None: where it can. ride_rank: up to this rank of one module a batch of one slot has its
         low-rank sums made inside the frozen products (dense, fused; takes ride_rank / hidden more memory). sharing:
         the layers are spread over the ranks; `layers` is empty then, and nothing rides.
         """
         self.facts, self.dtype, self.device = facts, dtype, device
         self.kind: FrozenKind = kind
-        self.compute_fp8 = compute_fp8
+        self._fp8 = compute_fp8, fp8_twice
         self.fuse = can_fuse(device, dtype) if fuse is None else fuse
         self._ride_rank = ride_rank if self.fuse and kind == "dense" and sharing is None else 0
         self._rider: tuple[int, int] | None = None
@@ -133,7 +135,8 @@ class Decoder:
             bias=biased[stack],
             dtype=self.dtype,
             device=self.device,
-            compute_fp8=self.compute_fp8,
+            compute_fp8=self._fp8[0],
+            fp8_twice=self._fp8[1],
             border=-(-len(shapes) * self._ride_rank // 16) * 16,
         )
 
@@ -165,7 +168,7 @@ class Decoder:
         """Every weight by its name, as it is multiplied: a view where it is kept so, else dequantised."""
         return {name: place.get() for name, place in self.places().items()}
 
-    def load_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def load_tensors(self, tensors: Iterable[tuple[str, Tensor | Nf4Weight]]) -> None:
         """Take named tensors in, strictly: each exactly once, with its shape.
 
         Raises BaseModelError base-tensor-unexpected, base-tensor-shape or base-tensor-missing, naming the tensor.

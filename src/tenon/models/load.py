@@ -16,7 +16,9 @@ from torch import Tensor
 from tenon.bases.facts import ModelFacts
 from tenon.bases.weights import read_header, weight_files
 from tenon.errors import BaseModelError
+from tenon.models.bitsandbytes_files import group_modules
 from tenon.models.decoder import Decoder
+from tenon.models.frozen import FrozenKind
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -38,11 +40,31 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             ) from error
 
 
-def load_decoder(folder: Path, facts: ModelFacts, *, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """A decoder with the folder's weights, converted to `dtype` on `device` one tensor at a time.
+def load_decoder(
+    folder: Path,
+    facts: ModelFacts,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    kind: FrozenKind = "dense",
+    compute_fp8: bool = False,
+    fp8_twice: bool = True,
+    ride_rank: int = 0,
+) -> Decoder:
+    """A decoder with the folder's weights, converted to `dtype` on `device`, and quantised there, a module at a time.
+
+    kind, compute_fp8, fp8_twice, ride_rank: see `Decoder`.
 
     Raises: BaseModelError as `read_tensors`, and base-tensor-missing, base-tensor-unexpected, base-tensor-shape.
     """
-    decoder = Decoder(facts, dtype=dtype, device=device)
-    decoder.load_tensors(read_tensors(folder))
+    decoder = Decoder(
+        facts,
+        dtype=dtype,
+        device=device,
+        kind=kind,
+        compute_fp8=compute_fp8,
+        fp8_twice=fp8_twice,
+        ride_rank=ride_rank,
+    )
+    decoder.load_tensors(group_modules(read_tensors(folder)))
     return decoder

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tenon.bases.facts import MODULE_PATHS, ModelFacts
 from tenon.errors import BaseModelError
-from tenon.models.frozen import FrozenLinear
+from tenon.kernels.nf4 import Nf4Weight
+from tenon.models.frozen import FrozenLinear, as_tensor
 from tenon.models.layer import Layer
 
 # Modules that share an input are one stacked weight, in this order of outputs.
@@ -30,13 +31,13 @@ class Place:
     """Where one named tensor lives: its shape, how it is set, and how it reads (a view where nothing is quantised)."""
 
     shape: tuple[int, ...]
-    put: Callable[[Tensor], object]
+    put: Callable[[Tensor | Nf4Weight], object]
     get: Callable[[], Tensor]
 
 
 def tensor_place(tensor: Tensor) -> Place:
     """The place of a tensor that is kept as it comes."""
-    return Place(tuple(tensor.shape), tensor.copy_, lambda: tensor)
+    return Place(tuple(tensor.shape), lambda given: tensor.copy_(as_tensor(given, tensor.device)), lambda: tensor)
 
 
 def layer_places(layer: Layer, facts: ModelFacts) -> dict[str, Place]:
@@ -67,7 +68,11 @@ def _module_place(linear: FrozenLinear, start: int, outputs: int, inputs: int) -
 
 
 def load_tensors(
-    places: Mapping[str, Place], tensors: Iterable[tuple[str, Tensor]], *, ignored: Callable[[str], bool], family: str
+    places: Mapping[str, Place],
+    tensors: Iterable[tuple[str, Tensor | Nf4Weight]],
+    *,
+    ignored: Callable[[str], bool],
+    family: str,
 ) -> None:
     """Put every tensor into its place, strictly.
 

@@ -17,7 +17,7 @@ from tenon.data.tokenizer import load_tokenizer
 from tenon.errors import PlanError
 from tenon.models.decoder import Decoder
 from tenon.models.load import load_decoder
-from tenon.plan.values import BasePlan, MachineFacts, Precision
+from tenon.plan.values import BasePlan, Frozen, MachineFacts, Precision
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,8 +38,20 @@ class Workbench:
         return Renderer(load_tokenizer(self.folder), read_template(template))
 
 
-def load_workbench(folder: Path, base: BasePlan, machine: MachineFacts, precision: Precision) -> Workbench:
-    """Load the decoder onto the planned device. Raises PlanError plan-device-missing when there is none."""
+def load_workbench(
+    folder: Path,
+    base: BasePlan,
+    machine: MachineFacts,
+    precision: Precision,
+    *,
+    frozen: Frozen | None = None,
+    ride_rank: int = 0,
+) -> Workbench:
+    """Load the decoder onto the planned device. Raises PlanError plan-device-missing when there is none.
+
+    frozen: what the linear weights are kept in. ride_rank: rank of the one slot that will be trained, else 0.
+    """
+    frozen = frozen or Frozen()
     if machine.device == "cuda" and not torch.cuda.is_available():
         raise PlanError(
             "plan-device-missing",
@@ -50,5 +62,14 @@ def load_workbench(folder: Path, base: BasePlan, machine: MachineFacts, precisio
     # cuDNN plans anew for every new shape (about 170 ms), and packed rows bring new shapes all the time.
     torch.backends.cuda.enable_cudnn_sdp(False)
     device, dtype = torch.device(machine.device), DTYPES[precision]
-    decoder = load_decoder(folder, base.facts, dtype=dtype, device=device)
+    decoder = load_decoder(
+        folder,
+        base.facts,
+        dtype=dtype,
+        device=device,
+        kind=frozen.format,
+        compute_fp8=frozen.fp8_compute,
+        fp8_twice=frozen.fp8_twice,
+        ride_rank=ride_rank,
+    )
     return Workbench(folder, decoder, AdapterBank(base.facts, dtype=dtype, device=device))

@@ -30,7 +30,7 @@ def judge(request: EvaluateRequest, emit: Emit, settings: Settings) -> None:
     folder = find_base(engine.base, settings)
     on_progress = progress_events(emit)
     with open_dataset(request.data, base_folder=folder, settings=settings, on_progress=on_progress) as dataset:
-        bench = load_workbench(folder, engine.base, engine.machine, engine.precision)
+        bench = load_workbench(folder, engine.base, engine.machine, engine.precision, frozen=engine.frozen)
         subjects = Subjects(bench, dataset.renderer)
         judges = [SubjectSlot(s.label, subjects.slot(s), s.adapter_hash) for s in request.subjects]
         emit("phase", name="evaluate", detail=", ".join(one.label for one in judges))

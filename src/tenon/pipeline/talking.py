@@ -24,7 +24,7 @@ def open_engine(engine: Engine, settings: Settings, emit: Emit) -> tuple[Workben
     """The resident base of a request, and its renderer."""
     emit("phase", name="base", detail=engine.base.spec)
     folder = find_base(engine.base, settings)
-    bench = load_workbench(folder, engine.base, engine.machine, engine.precision)
+    bench = load_workbench(folder, engine.base, engine.machine, engine.precision, frozen=engine.frozen)
     return bench, bench.renderer(engine.template)
 
 

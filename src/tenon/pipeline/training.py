@@ -78,7 +78,14 @@ def _work(run: RunFolder, plan: Plan, settings: Settings, events: Broadcast, sto
             emit("phase", name="data", detail=f"{len(plan.slots)} slots" if len(plan.slots) > 1 else "")
             data = [open_data.enter_context(open_slot_data(slot, folder, settings, emit)) for slot in plan.slots]
             _write_reports(run, plan.slots, data)
-            bench = load_workbench(folder, plan.base, plan.machine, plan.precision)
+            bench = load_workbench(
+                folder,
+                plan.base,
+                plan.machine,
+                plan.precision,
+                frozen=plan.frozen,
+                ride_rank=plan.slots[0].lora.rank if len(plan.slots) == 1 else 0,
+            )
         slots = [_make_slot(bench, slot, own) for slot, own in zip(plan.slots, data, strict=True)]
         trainer = _make_trainer(run, plan, bench, slots, data, events, stop)
         trainer.resume()
