@@ -90,3 +90,23 @@ class StopRequestedError(TenonError):
     """The run was asked to stop (SIGTERM, Ctrl-C) and has saved what it had: resume it."""
 
     exit_status = EXIT_RESUME
+
+
+_KINDS: dict[str, type[TenonError]] = {
+    "recipe": RecipeError,
+    "plan": PlanError,
+    "base": BaseModelError,
+    "data": DataError,
+    "adapter": AdapterError,
+    "run": RunError,
+    "train": TrainError,
+    "usage": UsageError,
+}
+
+
+def error_of(code: str, what: str, *, got: str = "", hint: str) -> TenonError:
+    """The error that another process told of, of the class that its code belongs to."""
+    kind = _KINDS.get(code.partition("-")[0], TenonError)
+    if code.endswith("-stopped"):
+        kind = StopRequestedError
+    return kind(code, what, got=got, hint=hint)

@@ -19,6 +19,7 @@ what is multiplied with the weight.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -94,6 +95,13 @@ class Nf4Weight:
             map_256 = usual_256 if torch.equal(map_256, usual_256) else map_256
             nested = NestedAbsmax(map_256, nested.absmax_C.to(device, copy=True), nested.offset.to(device, copy=True))
         return Nf4Weight(self.shape, packed_N, absmax_B, nested, levels(device))
+
+    def moved(self, take: Callable[[Tensor], Tensor]) -> Nf4Weight:
+        """The same weight whose own tensors, and map, are what `take` gives for each."""
+        nested = self.nested
+        if nested is not None:
+            nested = NestedAbsmax(take(nested.map_256), take(nested.absmax_C), take(nested.offset))
+        return Nf4Weight(self.shape, take(self.packed_N), take(self.absmax_B), nested, self.levels_16)
 
 
 @cache

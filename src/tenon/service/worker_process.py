@@ -19,33 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tenon.errors import (
-    AdapterError,
-    BaseModelError,
-    DataError,
-    PlanError,
-    RecipeError,
-    RunError,
-    StopRequestedError,
-    TenonError,
-    TrainError,
-    UsageError,
-)
+from tenon.errors import RunError, StopRequestedError, TenonError, error_of
 from tenon.settings import Settings, child_environment
 from tenon.values import Value
 
 Event: TypeAlias = dict[str, Any]
 
-_KINDS_OF_ERROR: dict[str, type[TenonError]] = {
-    "recipe": RecipeError,
-    "plan": PlanError,
-    "base": BaseModelError,
-    "data": DataError,
-    "adapter": AdapterError,
-    "run": RunError,
-    "train": TrainError,
-    "usage": UsageError,
-}
 _LOG_TAIL_BYTES = 4000
 
 
@@ -183,11 +162,8 @@ def worker_log(kind: str, settings: Settings) -> Path:
 
 def revive_error(event: Event) -> TenonError:
     """The error that an `error` event tells, of the class that its code belongs to."""
-    code = str(event["code"])
-    kind = _KINDS_OF_ERROR.get(code.partition("-")[0], TenonError)
-    if code.endswith("-stopped"):
-        kind = StopRequestedError
-    return kind(code, str(event["what"]), got=str(event.get("got", "")), hint=str(event["hint"]))
+    code, what = str(event["code"]), str(event["what"])
+    return error_of(code, what, got=str(event.get("got", "")), hint=str(event["hint"]))
 
 
 def _wait_or_kill(worker: Worker, patience_seconds: float = 10.0) -> None:

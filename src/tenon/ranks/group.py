@@ -1,0 +1,278 @@
+"""What the processes of a run say to each other: `Alone` for one process, `Group` for several of one machine.
+
+Every rank holds the state of the whole run and takes the same steps on it; they share the work in between. Ranks agree
+over gloo, in the host's memory, whatever they compute on; tensors move by the device's own means (NCCL on GPUs). A rank
+that is gone ends the others: gloo notices at once, and `ranks.watch` does where a rank waits for its device.
+
+This module does not know what is trained, nor how the processes are started.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, Protocol, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from tenon.errors import TenonError, TrainError, error_of
+from tenon.ranks.watch import RankWatch
+
+# Something that JSON can hold.
+Told: TypeAlias = Any
+
+# How long ranks wait for each other where each may still be at work of its own: hung ones end then, dead ones at once.
+AGREE_PATIENCE = timedelta(hours=1)
+# How long a movement of tensors may take. Ranks agree just before, so all of them are there.
+MOVE_PATIENCE = timedelta(minutes=10)
+_POLL_SECONDS = 0.05
+# torch 2.13 gave it another name.
+_all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+
+
+class Arrival(Protocol):
+    """Something on its way."""
+
+    def wait(self) -> object:
+        """Return when what is computed next on the device will find it there."""
+        ...
+
+
+class Ranks(Protocol):
+    """The processes of a run, as one of them sees them. number: which one this is. count: how many there are."""
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes: events, checkpoints, results."""
+        ...
+
+    def largest(self, *values: float) -> tuple[float, ...]:
+        """The largest of each value over all ranks. Every rank has to ask, for as many."""
+        ...
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over all ranks, bit for bit the same on each."""
+        ...
+
+    def gather(self, whole_N: Tensor, own_N: Tensor) -> Arrival:
+        """Begin to fill `whole_N` with the equal parts of all ranks, in their order."""
+        ...
+
+    def first_finds(self, find: Callable[[], Told]) -> Told:
+        """What `find` gives on the first rank, told to all; None on the others when it raised there."""
+        ...
+
+    def first_goes_first(self) -> AbstractContextManager[None]:
+        """A block that the other ranks enter when the first one has left it."""
+        ...
+
+    def say_why(self, error: TenonError) -> None:
+        """Leave word of the error that ends this rank, for those that will miss it."""
+        ...
+
+    def leave(self) -> None:
+        """End the company, when all have come so far; from then on each is alone."""
+        ...
+
+
+class Alone:
+    """One process: nothing to agree on."""
+
+    number = 0
+    count = 1
+    first = True
+
+    def largest(self, *values: float) -> tuple[float, ...]:
+        """The values."""
+        return values
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """They are their sums."""
+
+    def gather(self, whole_N: Tensor, own_N: Tensor) -> Arrival:
+        """The part is the whole."""
+        whole_N.copy_(own_N)
+        return _HERE
+
+    def first_finds(self, find: Callable[[], Told]) -> Told:
+        """What it finds."""
+        return find()
+
+    def first_goes_first(self) -> AbstractContextManager[None]:
+        """Nobody waits."""
+        return nullcontext()
+
+    def say_why(self, error: TenonError) -> None:
+        """Nobody listens."""
+
+    def leave(self) -> None:
+        """Nobody is left."""
+
+
+class Group:
+    """One of several processes. Use `join`."""
+
+    def __init__(self, store: Store, number: int, count: int, *, movers: dist.ProcessGroup, watch: RankWatch):
+        self.number, self.count, self.first = number, count, number == 0
+        self._store, self._movers, self._watch = store, movers, watch
+        self._told = 0
+
+    def largest(self, *values: float) -> tuple[float, ...]:
+        """See `Ranks.largest`. Raises TrainError train-rank-lost, or what the lost rank said."""
+        if self.count == 1:
+            return values
+        all_V = torch.tensor(values, dtype=torch.float64)
+        with self._company():
+            dist.all_reduce(all_V, dist.ReduceOp.MAX)
+        return tuple(all_V.tolist())
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """See `Ranks.add_up`. Raises as `largest`; on a GPU a lost rank shows when the sums are used."""
+        if self.count == 1:
+            return
+        with self._company():
+            arrivals = [dist.all_reduce(tensor, group=self._movers, async_op=True) for tensor in tensors]
+            for arrival in arrivals:
+                assert arrival is not None
+                arrival.wait()
+
+    def gather(self, whole_N: Tensor, own_N: Tensor) -> Arrival:
+        """See `Ranks.gather`. Raises as `largest`."""
+        with self._company():
+            arrival = _all_gather(whole_N, own_N, group=self._movers, async_op=True)
+        assert arrival is not None
+        return _Coming(arrival, self._company)
+
+    def first_finds(self, find: Callable[[], Told]) -> Told:
+        """See `Ranks.first_finds`. However long the first rank takes, the others wait, and hear signals meanwhile."""
+        self._told += 1
+        if self.count == 1:
+            return find()
+        key = f"found-{self._told}"
+        if not self.first:
+            return json.loads(self._read(key))
+        found: Told = None
+        try:
+            found = find()
+        finally:
+            # Told even when it was stopped: the others must not wait for what never comes.
+            with self._company():
+                self._store.set(key, json.dumps(found))
+        return found
+
+    @contextmanager
+    def first_goes_first(self) -> Iterator[None]:
+        """See `Ranks.first_goes_first`; patient as `first_finds`."""
+        if not self.first:
+            self.first_finds(lambda: None)
+        yield
+        if self.first:
+            self.first_finds(lambda: None)
+
+    def say_why(self, error: TenonError) -> None:
+        """See `Ranks.say_why`."""
+        if self.count > 1 and error.code != "train-rank-lost" and not error.code.endswith("-stopped"):
+            word = {"rank": self.number, "code": error.code, "what": error.what, "got": error.got, "hint": error.hint}
+            with self._company():
+                self._store.set("why", json.dumps(word))
+
+    def leave(self) -> None:
+        """See `Ranks.leave`."""
+        if self.count > 1:
+            self.largest(0.0)
+            self._watch.stop()
+            dist.destroy_process_group()
+            self.count = 1
+
+    def _read(self, key: str) -> bytes:
+        while True:
+            with self._company():
+                if self._store.check([key]):
+                    return self._store.get(key)
+            time.sleep(_POLL_SECONDS)
+
+    @contextmanager
+    def _company(self) -> Iterator[None]:
+        """What torch raises when another rank is gone leaves as a TenonError."""
+        try:
+            yield
+        except RuntimeError as error:  # all of torch.distributed's exceptions derive from it
+            raise self._why(error) from error
+
+    def _why(self, error: RuntimeError) -> TenonError:
+        try:
+            word = json.loads(self._store.get("why")) if self._store.check(["why"]) else None
+        except RuntimeError:
+            word = None
+        if word is None or word["rank"] == self.number:
+            lines = str(error).strip().splitlines()
+            return rank_lost("another rank of this run is gone", got=lines[0][:200] if lines else type(error).__name__)
+        what = f"rank {word['rank']}: {word['what']}"
+        return error_of(word["code"], what, got=word["got"], hint=word["hint"])
+
+
+class _Coming:
+    """An arrival whose failure is a rank's loss."""
+
+    def __init__(self, work: dist.Work, company: Callable[[], AbstractContextManager[None]]) -> None:
+        self._work, self._company = work, company
+
+    def wait(self) -> None:
+        with self._company():
+            self._work.wait()
+
+
+class _Here:
+    def wait(self) -> None:
+        """It is here."""
+
+
+_HERE = _Here()
+ALONE: Ranks = Alone()
+
+
+def join(
+    store: Store, number: int, count: int, *, device: torch.device, on_lost: Callable[[TenonError], None]
+) -> Group:
+    """Meet the other ranks at a store. Returns when all are there.
+
+    device: what this rank computes on. on_lost: called from another thread when a rank is gone and this one has not
+    noticed; it has to end the process. Raises TrainError train-rank-lost when not all came.
+    """
+    try:
+        dist.init_process_group(
+            "gloo", store=PrefixStore("ranks", store), rank=number, world_size=count, timeout=AGREE_PATIENCE
+        )
+        movers = dist.group.WORLD
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            movers = dist.new_group(backend="nccl", timeout=MOVE_PATIENCE)
+        assert isinstance(movers, dist.ProcessGroup)
+    except RuntimeError as error:
+        raise rank_lost(
+            "the ranks of this run did not find each other", got=str(error).splitlines()[0][:200]
+        ) from error
+    watch = RankWatch(store, number, count, on_lost=lambda who: on_lost(rank_lost(f"{who} is gone")))
+    return Group(PrefixStore("tenon", store), number, count, movers=movers, watch=watch)
+
+
+def rank_lost(what: str, *, got: str = "") -> TrainError:
+    """The error of a run one of whose processes ended under the others."""
+    return TrainError(
+        "train-rank-lost",
+        what,
+        got=got,
+        hint="checkpoints are kept: tenon resume RUN; its log says more where it could: RUN/worker.log",
+    )
