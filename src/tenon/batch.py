@@ -45,8 +45,8 @@ class AttentionGroup:
 class PackedRows:
     """Rows that lie end to end and see only themselves: what variable-length attention takes.
 
-    cu_seqlens_N: int32 row boundaries on the device, N + 1 of them. longest: tokens of the longest row. equal: whether
-    all rows are of that length.
+    cu_seqlens_N: int32 row boundaries on the device, N + 1 of them; rows may be empty. longest: no row has more tokens.
+    equal: whether all rows are of that length.
     """
 
     cu_seqlens_N: Tensor

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tenon.batch import IGNORE, AttentionGroup, AttentionLayout, Batch, PackedRows, Segment, SlotRoutes
+from tenon.batch import IGNORE, NO_SLOT, AttentionGroup, AttentionLayout, Batch, PackedRows, Segment, SlotRoutes
 from tenon.kernels.dropout import mix32
 
 
@@ -71,7 +71,8 @@ class PackOptions:
     micro_tokens: most tokens of a batch (one longer row still goes alone). dropout: whether any slot needs keys.
     packed: rows without a shared prefix are attended as they lie (variable-length attention; see
     `Decoder.attends_packed`) instead of in groups of like length. tile_tokens: above 0, the tokens are listed in tiles
-    of so many for fused kernels (`Decoder.tile_tokens`).
+    of so many for fused kernels (`Decoder.tile_tokens`). bucket: pad a batch with a row of no slot and tokens without
+    weight, so that batches share shapes; needs packed and tile_tokens, and is not done where a prefix is shared.
     """
 
     micro_tokens: int
@@ -79,6 +80,7 @@ class PackOptions:
     dropout: bool = False
     packed: bool = False
     tile_tokens: int = 0
+    bucket: bool = False
 
     @property
     def shares(self) -> bool:
@@ -167,13 +169,18 @@ class _Piece:
 
 def _batch(rows: list[PackRow], prefixes: dict[int, int], device: torch.device, options: PackOptions) -> Batch:
     pieces = _lay_pieces(rows, prefixes)
+    bucket = options.bucket and all(p.prefix_start < 0 and p.skip == 0 for p in pieces)
+    if bucket:
+        pieces.append(_padding(pieces))
     ids = np.concatenate([p.row.ids[p.skip : p.stop] for p in pieces])
     labels = np.concatenate([p.row.labels[p.skip : p.stop] for p in pieces])
     positions = np.concatenate([np.arange(p.skip, p.stop) for p in pieces])
     draws = np.repeat(np.array([p.row.draw for p in pieces], dtype=np.int32), [p.length for p in pieces])
     supervised = np.flatnonzero(labels != IGNORE)
+    if bucket:
+        supervised = _padded_labels(labels, supervised)
     segments = _segments(pieces)
-    listed = list_routes(segments, options.tile_tokens)
+    listed = list_routes(segments, options.tile_tokens, pad=bucket)
     ids_T, labels_T, positions_T, supervised_L, *routes = upload([ids, labels, positions, supervised, *listed], device)
     return Batch(
         ids_T=ids_T,
@@ -183,7 +190,7 @@ def _batch(rows: list[PackRow], prefixes: dict[int, int], device: torch.device, 
         slots=tuple(p.row.slot for p in pieces),
         rows=tuple(p.row.index for p in pieces),
         segments=segments,
-        attention=_attention_layout(pieces, len(ids), device, packed=options.packed),
+        attention=_attention_layout(pieces, len(ids), device, packed=options.packed, bucket=bucket),
         supervised_L=supervised_L,
         row_tokens=sum(len(row.ids) for row in rows),
         positions_end=max(p.stop for p in pieces),
@@ -197,8 +204,33 @@ _WHOLE_TOKENS = 2_048
 _CHUNKS = 8
 
 
-def list_routes(segments: tuple[Segment, ...], tile_tokens: int) -> list[np.ndarray]:
-    """Flat int64 triples for `SlotRoutes`: tiles, chunks, segments; all empty without tiles."""
+# Shapes of batches are rounded up to these: tokens, labelled tokens, rows, and the least length of the longest row.
+_BUCKET_TOKENS, _BUCKET_LABELS, _BUCKET_ROWS, _BUCKET_LONGEST = 128, 64, 8, 128
+
+
+def _padding(pieces: list[_Piece]) -> _Piece:
+    """A row of no slot that fills the batch up to its bucket; of at least one token, which all padding points at."""
+    tokens = sum(piece.length for piece in pieces)
+    fill = _round_up(tokens + 1, _BUCKET_TOKENS) - tokens
+    return _Piece(bare_row(NO_SLOT, [0] * fill), tokens, 0, fill, -1)
+
+
+def _padded_labels(labels: np.ndarray, supervised: np.ndarray) -> np.ndarray:
+    """The labelled tokens, filled up with the last token of the padding, which gets a label that nobody weighs."""
+    labels[-1] = 0
+    extra = _round_up(len(supervised), _BUCKET_LABELS) - len(supervised)
+    return np.concatenate([supervised, np.full(extra, len(labels) - 1)])
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def list_routes(segments: tuple[Segment, ...], tile_tokens: int, *, pad: bool = False) -> list[np.ndarray]:
+    """Flat int64 triples for `SlotRoutes`: tiles, chunks, segments; all empty without tiles.
+
+    pad: as many tiles as any segments of so many tokens could need; those that are too many are empty.
+    """
     if not tile_tokens:
         return [np.zeros(0, dtype=np.int64)] * 3
     tokens = segments[-1].stop if segments else 0
@@ -208,7 +240,10 @@ def list_routes(segments: tuple[Segment, ...], tile_tokens: int) -> list[np.ndar
         if s.slot >= 0:
             inside = [i for i, (_, start, _) in enumerate(chunks) if s.start <= start < s.stop]
             runs.append((s.slot, inside[0], inside[-1] + 1))
-    return [np.array(x, dtype=np.int64).reshape(-1) for x in (_cut(segments, tile_tokens), chunks, runs)]
+    tiles = _cut(segments, tile_tokens)
+    if pad:
+        tiles += [(NO_SLOT, 0, 0)] * (tokens // tile_tokens + len(segments) - len(tiles))
+    return [np.array(x, dtype=np.int64).reshape(-1) for x in (tiles, chunks, runs)]
 
 
 def _cut(segments: tuple[Segment, ...], length: int) -> list[tuple[int, int, int]]:
@@ -265,12 +300,18 @@ def _segments(pieces: list[_Piece]) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-def _attention_layout(pieces: list[_Piece], tokens: int, device: torch.device, *, packed: bool) -> AttentionLayout:
+def _attention_layout(
+    pieces: list[_Piece], tokens: int, device: torch.device, *, packed: bool, bucket: bool = False
+) -> AttentionLayout:
     """Groups of rows of like length under the same prefix, and where their outputs belong; or the rows as they lie."""
     if packed and all(p.prefix_start < 0 and p.skip == 0 for p in pieces):
-        lengths = [p.length for p in pieces]
-        cu_N = torch.tensor([*(p.start for p in pieces), tokens], dtype=torch.int32, pin_memory=device.type == "cuda")
-        rows = PackedRows(cu_N.to(device, non_blocking=True), max(lengths), len(set(lengths)) == 1)
+        bounds, longest = [*(p.start for p in pieces), tokens], max(p.length for p in pieces)
+        if bucket:
+            bounds += [tokens] * (_round_up(len(bounds), _BUCKET_ROWS) - len(bounds))
+            longest = max(_BUCKET_LONGEST, 1 << (longest - 1).bit_length())
+        cu_N = torch.tensor(bounds, dtype=torch.int32, pin_memory=device.type == "cuda")
+        equal = not bucket and len({p.length for p in pieces}) == 1
+        rows = PackedRows(cu_N.to(device, non_blocking=True), longest, equal)
         return AttentionLayout((), None, rows)
     groups: list[AttentionGroup] = []
     restore = np.empty(tokens, dtype=np.int64)

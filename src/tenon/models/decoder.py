@@ -146,6 +146,11 @@ class Decoder:
         return flash.fits(self.device, self.dtype, self.facts.head_dim)
 
     @property
+    def rotary_tables(self) -> tuple[Tensor, Tensor]:
+        """cos and sin of every position so far, fp32; longer rows bring new ones."""
+        return self._tables
+
+    @property
     def tile_tokens(self) -> int:
         """Tokens of a tile, as its fused kernels want them listed; 0 when none run."""
         return TILE if self.fuse else 0
