@@ -143,7 +143,11 @@ class Group:
         if self.count == 1:
             return
         with self._company():
-            arrivals = [dist.all_reduce(tensor, group=self._movers, async_op=True) for tensor in tensors]
+            groups = [self._movers if tensor.is_cuda else None for tensor in tensors]
+            arrivals = [
+                dist.all_reduce(tensor, group=group, async_op=True)
+                for tensor, group in zip(tensors, groups, strict=True)
+            ]
             for arrival in arrivals:
                 assert arrival is not None
                 arrival.wait()
@@ -177,9 +181,11 @@ class Group:
         """See `Ranks.first_goes_first`; patient as `first_finds`."""
         if not self.first:
             self.first_finds(lambda: None)
-        yield
-        if self.first:
-            self.first_finds(lambda: None)
+        try:
+            yield
+        finally:
+            if self.first:
+                self.first_finds(lambda: None)
 
     def say_why(self, error: TenonError) -> None:
         """See `Ranks.say_why`."""

@@ -23,12 +23,13 @@ from tenon.adapters.bank import AdapterBank
 from tenon.data.pack import PackRow
 from tenon.errors import StopRequestedError
 from tenon.models.decoder import Decoder
-from tenon.runs.checkpoints import CheckpointStore
+from tenon.ranks.group import ALONE, Ranks
+from tenon.runs.checkpoints import Checkpoint
 from tenon.train.checkpoint import read_slot_weights, read_state, write_state
 from tenon.train.diagnose import not_finite_error
 from tenon.train.interrupt import StopNow, StopSignal
 from tenon.train.slot import SlotTraining
-from tenon.train.step import StepOptions, WindowLoss, accumulate_window, is_finite
+from tenon.train.step import StepOptions, WindowLoss, accumulate_window, add_up, is_finite
 
 _MIN_LOSS_SCALE = 1.0
 
@@ -37,6 +38,18 @@ class Emit(Protocol):
     """Writes one event of the run."""
 
     def __call__(self, kind: str, **fields: str | float | bool | None) -> object: ...
+
+
+class Checkpoints(Protocol):
+    """What the loop asks of checkpoints (see `runs.checkpoints.CheckpointStore`)."""
+
+    def newest(self) -> Checkpoint | None: ...
+
+    def write(self, step: int, writer: Callable[[Path], None], /) -> object: ...
+
+    def mark_best(self, step: int, slot: str, /) -> None: ...
+
+    def best(self, slot: str, /) -> Checkpoint | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +65,16 @@ class Validation:
 class RunPorts:
     """What the loop needs of the outside: events, checkpoints, validation of a slot (None: no rows for it), stop.
 
-    base: what adapter files name as their base.
+    base: what adapter files name as their base. ranks: the processes that take these steps together; events,
+    checkpoints and validations are the same on all of them, however they come about.
     """
 
     emit: Emit
-    checkpoints: CheckpointStore
+    checkpoints: Checkpoints
     validate: Callable[[SlotTraining], Validation | None]
     stop: StopSignal
     base: str
+    ranks: Ranks = ALONE
 
 
 class Trainer:
@@ -113,6 +128,7 @@ class Trainer:
                     self._save()
             self._save()
         except StopNow:
+            self._ports.stop.settle()
             self._save()
             self._ports.emit("stopped", step=self.step)
             raise StopRequestedError(
@@ -133,7 +149,8 @@ class Trainer:
         factors = {t.number: t.learning_factor() for t in active}
         for t in active:
             t.optimizer.step(factors[t.number])
-        seconds = time.monotonic() - started
+        # One time for all ranks: limits and schedules may follow it.
+        (seconds,) = self._ports.ranks.largest(time.monotonic() - started)
         for t in active:
             t.advance(seconds)
             self._report(t, losses[t.number], norms[t.number], factors[t.number], seconds, data_seconds)
@@ -144,7 +161,8 @@ class Trainer:
             for t in active:
                 t.optimizer.zero()
             with self._ports.stop.interruptible():
-                losses = accumulate_window(self._decoder, self._bank, rows, self._options)
+                losses = accumulate_window(self._decoder, self._bank, rows, self._options, ranks=self._ports.ranks)
+            losses = add_up(losses, [t.optimizer.gradients_P for t in active], self._ports.ranks)
             scale = self._options.loss_scale
             overflow = scale > _MIN_LOSS_SCALE and not all(t.optimizer.is_finite() for t in active)
             if not overflow:

@@ -15,39 +15,39 @@ from tenon.plan.values import OptimizerPlan
 
 
 class SlotOptimizer:
-    """Clips and applies a slot's flat gradient."""
+    """Clips and applies a slot's flat gradient, `gradients_P`."""
 
     def __init__(self, slot: Slot, plan: OptimizerPlan) -> None:
         """Raises ValueError for a slot without gradients, PlanError plan-optimizer-missing without bitsandbytes."""
         if slot.gradients_P is None:
             raise ValueError(f"slot {slot.name} is not trained")
-        self._slot, self._plan, self._gradients_P = slot, plan, slot.gradients_P
+        self._slot, self._plan, self.gradients_P = slot, plan, slot.gradients_P
         cut = slot.a_parameters
         halves = [slot.parameters_P[:cut], slot.parameters_P[cut:]]
-        for half, gradient in zip(halves, [self._gradients_P[:cut], self._gradients_P[cut:]], strict=True):
+        for half, gradient in zip(halves, [self.gradients_P[:cut], self.gradients_P[cut:]], strict=True):
             half.grad = gradient
         self._optimizer = _make(plan, [{"params": [half]} for half in halves])
 
     def zero(self) -> None:
         """Forget the gradient."""
-        self._gradients_P.zero_()
+        self.gradients_P.zero_()
 
     def is_finite(self) -> bool:
         """Whether no element of the gradient is NaN or infinite."""
-        return bool(torch.isfinite(self._gradients_P).all())
+        return bool(torch.isfinite(self.gradients_P).all())
 
     def unscale(self, scale: float) -> None:
         """Take a loss scale out of the gradient."""
-        self._gradients_P.mul_(1.0 / scale)
+        self.gradients_P.mul_(1.0 / scale)
 
     def clip(self) -> float:
         """Scale the gradient down to the plan's norm; returns the norm before. NaN and infinity come back as they
         are.
         """
-        norm = float(torch.linalg.vector_norm(self._gradients_P))
+        norm = float(torch.linalg.vector_norm(self.gradients_P))
         limit = self._plan.clip_norm
         if 0.0 < limit < norm < float("inf"):
-            self._gradients_P.mul_(limit / (norm + 1e-6))
+            self.gradients_P.mul_(limit / (norm + 1e-6))
         return norm
 
     def step(self, factor: float) -> None:
@@ -55,7 +55,7 @@ class SlotOptimizer:
         a, b = self._optimizer.param_groups
         a["lr"], b["lr"] = self._plan.lr * factor, self._plan.lr * self._plan.b_ratio * factor
         self._optimizer.step()
-        self._gradients_P.zero_()
+        self.gradients_P.zero_()
         self._slot.refresh()
 
     def state(self) -> dict[str, Tensor]:
