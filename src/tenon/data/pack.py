@@ -199,9 +199,11 @@ def _batch(rows: list[PackRow], prefixes: dict[int, int], device: torch.device, 
     )
 
 
-# Tokens from which a gradient's sum over tokens is cut into chunks, and how many: so that all of a GPU has work.
-_WHOLE_TOKENS = 2_048
+# A gradient's sum over tokens is cut into chunks, so that all of a GPU has work and none of it walks far: above
+# _WHOLE_TOKENS, into _CHUNKS of at least _CHUNK_TOKENS.
+_WHOLE_TOKENS = 768
 _CHUNKS = 8
+_CHUNK_TOKENS = 256
 
 
 # Shapes of batches are rounded up to these: tokens, labelled tokens, rows, and the least length of the longest row.
@@ -234,7 +236,7 @@ def list_routes(segments: tuple[Segment, ...], tile_tokens: int, *, pad: bool = 
     if not tile_tokens:
         return [np.zeros(0, dtype=np.int64)] * 3
     tokens = segments[-1].stop if segments else 0
-    chunk = tokens if tokens <= _WHOLE_TOKENS else -(-tokens // (_CHUNKS * tile_tokens)) * tile_tokens
+    chunk = tokens if tokens <= _WHOLE_TOKENS else max(_CHUNK_TOKENS, _round_up(-(-tokens // _CHUNKS), tile_tokens))
     chunks, runs = _cut(segments, chunk), []
     for s in segments:
         if s.slot >= 0:
@@ -243,6 +245,7 @@ def list_routes(segments: tuple[Segment, ...], tile_tokens: int, *, pad: bool = 
     tiles = _cut(segments, tile_tokens)
     if pad:
         tiles += [(NO_SLOT, 0, 0)] * (tokens // tile_tokens + len(segments) - len(tiles))
+        chunks += [(NO_SLOT, 0, 0)] * (tokens // chunk + len(segments) - len(chunks))
     return [np.array(x, dtype=np.int64).reshape(-1) for x in (tiles, chunks, runs)]
 
 

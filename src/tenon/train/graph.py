@@ -110,6 +110,7 @@ def _shape(batch: Batch) -> Hashable:
         packed.longest,
         tuple(segment.slot for segment in batch.segments),
         len(routes.tiles_N3),
+        len(routes.chunks_C3),
         routes.whole,
         batch.draw_T is not None,
     )

@@ -105,6 +105,7 @@ def test_fused_and_plain_steps_are_the_same(name: str, device: torch.device, mon
     # The tiny batch stands for one of real size: every size that a branch looks at is made small.
     monkeypatch.setattr(pack, "_WHOLE_TOKENS", case.chunk)
     monkeypatch.setattr(pack, "_CHUNKS", 2)
+    monkeypatch.setattr(pack, "_CHUNK_TOKENS", 32)
     monkeypatch.setattr(low_rank_triton, "MOST_RANK", case.most_rank)
     monkeypatch.setattr(swiglu_triton, "_MOST_HELD", case.most_held)
     monkeypatch.setattr(decoders, "_RIDE_TOKENS", 1)
