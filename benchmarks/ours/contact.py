@@ -19,6 +19,7 @@ from tenon.models.decoder import Decoder
 from tenon.models.frozen import FrozenKind
 from tenon.models.load import read_tensors
 from tenon.plan.values import OptimizerPlan
+from tenon.train.graph import StepGraphs
 from tenon.train.optimizers import SlotOptimizer
 from tenon.train.step import StepOptions, WindowLoss, accumulate_window
 
@@ -59,9 +60,9 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def random_decoder(facts: ModelFacts, base: BaseFormat, device: torch.device) -> Decoder:
-    """Random weights, made where they stay."""
-    decoder = empty_decoder(facts, base, compute_dtype(device), device)
+def random_decoder(facts: ModelFacts, base: BaseFormat, device: torch.device, *, ride_rank: int = 0) -> Decoder:
+    """Random weights, made where they stay. ride_rank: see `Decoder`."""
+    decoder = empty_decoder(facts, base, compute_dtype(device), device, ride_rank=ride_rank)
     torch.manual_seed(0)
     for name, place in decoder.places().items():
         fresh = torch.empty(place.shape, dtype=decoder.dtype, device=device)
@@ -69,17 +70,21 @@ def random_decoder(facts: ModelFacts, base: BaseFormat, device: torch.device) ->
     return decoder
 
 
-def folder_decoder(folder: Path, base: BaseFormat, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """The weights of a folder in transformers' layout."""
-    decoder = empty_decoder(folder_facts(folder), base, dtype, device)
+def folder_decoder(
+    folder: Path, base: BaseFormat, dtype: torch.dtype, device: torch.device, *, ride_rank: int = 0
+) -> Decoder:
+    """The weights of a folder in transformers' layout. ride_rank: see `Decoder`."""
+    decoder = empty_decoder(folder_facts(folder), base, dtype, device, ride_rank=ride_rank)
     decoder.load_tensors(read_tensors(folder))
     return decoder
 
 
-def empty_decoder(facts: ModelFacts, base: BaseFormat, dtype: torch.dtype, device: torch.device) -> Decoder:
+def empty_decoder(
+    facts: ModelFacts, base: BaseFormat, dtype: torch.dtype, device: torch.device, *, ride_rank: int = 0
+) -> Decoder:
     """A decoder to be filled, its linear weights in the base's format."""
     kind, compute_fp8 = _KINDS[base]
-    return Decoder(facts, dtype=dtype, device=device, kind=kind, compute_fp8=compute_fp8)
+    return Decoder(facts, dtype=dtype, device=device, kind=kind, compute_fp8=compute_fp8, ride_rank=ride_rank)
 
 
 def plain_decoder(weights: Decoder) -> Decoder:
@@ -115,17 +120,22 @@ def step_options(rows: int, row_tokens: int, memory_gb: float | None) -> StepOpt
     return StepOptions(micro_tokens=max(1, rows * row_tokens), share_prefix=True, recompute=False)
 
 
+def _graphs_failed(reason: str) -> None:
+    raise RuntimeError(f"no graph could be recorded: {reason}")
+
+
 class Stepper:
     """Whole optimiser steps over a decoder and the slots of a bank. optimizers: by slot number."""
 
     def __init__(self, decoder: Decoder, bank: AdapterBank, rates: Mapping[int, float], options: StepOptions) -> None:
         """rates: the learning rate of each slot."""
         self._decoder, self._bank, self._options = decoder, bank, options
+        self._graphs = StepGraphs(decoder, on_failure=_graphs_failed)
         self.optimizers = {number: SlotOptimizer(bank.slots[number], adamw(lr)) for number, lr in rates.items()}
 
     def gradient(self, rows: Sequence[PackRow]) -> dict[int, WindowLoss]:
         """Add up the window's gradient in the slots."""
-        return accumulate_window(self._decoder, self._bank, rows, self._options)
+        return accumulate_window(self._decoder, self._bank, rows, self._options, graphs=self._graphs)
 
     def update(self, factor: float = 1.0) -> None:
         """Clip and apply each slot's gradient."""
@@ -137,10 +147,11 @@ class Stepper:
 def build(spec: Spec) -> Callable[[Sequence[PackRow]], float]:
     """The step of a work: takes a window of rows, returns the mean of the slots' losses."""
     device = torch.device(spec.device)
+    ride_rank = spec.ranks[0] if len(spec.ranks) == 1 else 0  # as the pipeline asks for it
     if spec.weights:
-        decoder = folder_decoder(Path(spec.weights), spec.base, compute_dtype(device), device)
+        decoder = folder_decoder(Path(spec.weights), spec.base, compute_dtype(device), device, ride_rank=ride_rank)
     else:
-        decoder = random_decoder(facts_of(Shape(**spec.shape)), spec.base, device)  # pyright: ignore[reportArgumentType]
+        decoder = random_decoder(facts_of(Shape(**spec.shape)), spec.base, device, ride_rank=ride_rank)  # pyright: ignore[reportArgumentType]
     bank = make_bank(decoder, spec.ranks, range(len(spec.ranks)))
     longest = spec.row_tokens or 512  # of banking77's rows none has as many
     options = step_options(spec.rows, longest, spec.memory_gb)
