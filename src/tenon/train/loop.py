@@ -27,6 +27,7 @@ from tenon.ranks.group import ALONE, Ranks
 from tenon.runs.checkpoints import Checkpoint
 from tenon.train.checkpoint import read_slot_weights, read_state, write_state
 from tenon.train.diagnose import not_finite_error
+from tenon.train.graph import StepGraphs
 from tenon.train.interrupt import StopNow, StopSignal
 from tenon.train.slot import SlotTraining
 from tenon.train.step import StepOptions, WindowLoss, accumulate_window, add_up, is_finite
@@ -94,6 +95,11 @@ class Trainer:
         self._decoder, self._bank, self._slots = decoder, bank, slots
         self._options, self._every, self._ports = options, checkpoint_every, ports
         self._saved: object = None
+        self._graphs = StepGraphs(decoder, on_failure=self._without_graphs)
+
+    def _without_graphs(self, reason: str) -> None:
+        text = f"small batches are launched kernel by kernel, no CUDA graph could be recorded: {reason}"
+        self._ports.emit("warning", code="train-graphs", text=text)
 
     @property
     def step(self) -> int:
@@ -161,7 +167,9 @@ class Trainer:
             for t in active:
                 t.optimizer.zero()
             with self._ports.stop.interruptible():
-                losses = accumulate_window(self._decoder, self._bank, rows, self._options, ranks=self._ports.ranks)
+                losses = accumulate_window(
+                    self._decoder, self._bank, rows, self._options, ranks=self._ports.ranks, graphs=self._graphs
+                )
             losses = add_up(losses, [t.optimizer.gradients_P for t in active], self._ports.ranks)
             scale = self._options.loss_scale
             overflow = scale > _MIN_LOSS_SCALE and not all(t.optimizer.is_finite() for t in active)
