@@ -68,6 +68,7 @@ def loss_and_gradient(
         else:
             nll_L[part], p = _chunk_gradient(h, head_VD, labels, coefficient)
         torch.mm(p, head_VD, out=grad_LD[part])
+        del p  # or the next chunk would be made beside it
     return nll_L, grad_LD
 
 

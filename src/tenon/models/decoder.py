@@ -314,7 +314,7 @@ class Recording:
         if self._lowest >= len(self._passes):
             return
         dx_TD: Tensor | None
-        dx_TD, _ = add_norm_backward(
+        dx_TD = add_norm_backward(
             Sum(d_hidden_TD, None),
             self._last_TD,
             None,
@@ -322,7 +322,7 @@ class Recording:
             decoder.facts.norm_eps,
             fuse=decoder.fuse,
             reader=self._passes[-1].low["down"],
-        )
+        )[0]
         del self._last_TD, self.hidden_TD
         way = zip(reversed(self._passes[self._lowest :]), decoder.walk.down(self._lowest), strict=True)
         for at, layer in way:

@@ -1,13 +1,23 @@
 """Activations that wait in the host's memory for the way back, copied beside the computation.
 
 Layers are put away in order and taken back in the reverse one: while one is used, the next one down is already on its
-way. On a CPU there is only one memory, and nothing is copied. This module does not know what the tensors mean.
+way. On a CPU there is only one memory, and nothing is copied.
+
+A tensor that is being copied may not be written to by what is computed next. The host is far ahead of the device, so it
+cannot ask whether a copy is done, and waiting for it would stop both: instead the last few tensors are held, and before
+one of them is let go of, the computation is told to wait for its copy, which by then is long done. So only IN_FLIGHT
+tensors are on the device at a time. This module does not know what the tensors mean.
 """
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 from torch import Tensor
+
+# Tensors that are held while they are copied out.
+IN_FLIGHT = 2
 
 
 class HostStore:
@@ -17,6 +27,7 @@ class HostStore:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._kept: dict[int, Tensor] = {}
+        self._leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self._coming: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
 
     def __contains__(self, number: int) -> bool:
@@ -27,18 +38,18 @@ class HostStore:
         if self._stream is None:
             self._kept[number] = tensor
             return
+        if len(self._leaving) == IN_FLIGHT:
+            self._let_go()
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            host.copy_(tensor, non_blocking=True)
-        # The allocator must not hand the tensor's memory on before the copy is done.
-        tensor.record_stream(self._stream)
+        self._leaving.append((tensor, self._copy(host, tensor)))
         self._kept[number] = host
 
     def take(self, number: int) -> Tensor:
         """The tensor on the device again; the one put before it starts on its way back."""
         if self._stream is None:
             return self._kept.pop(number)
+        while self._leaving:
+            self._let_go()
         if number not in self._coming:
             self._fetch(number)
         if number - 1 in self._kept:
@@ -48,13 +59,20 @@ class HostStore:
         return tensor
 
     def _fetch(self, number: int) -> None:
-        assert self._stream is not None
         kept = self._kept.pop(number)
         tensor = torch.empty(kept.shape, dtype=kept.dtype, device=self._device)
+        self._coming[number] = (tensor, self._copy(tensor, kept))
+
+    def _let_go(self) -> None:
+        _, copied = self._leaving.popleft()
+        torch.cuda.current_stream(self._device).wait_event(copied)
+
+    def _copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event:
+        """Copy beside the computation, after what is computed so far; returns the event of its end."""
+        assert self._stream is not None
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            tensor.copy_(kept, non_blocking=True)
-        tensor.record_stream(self._stream)
-        arrived = torch.cuda.Event()
-        arrived.record(self._stream)
-        self._coming[number] = (tensor, arrived)
+            target.copy_(source, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record(self._stream)
+        return copied

@@ -105,9 +105,11 @@ class LayerTape:
         if keep is Keep.ALL:
             return
         self.gate_up = None
+        self.lows = (*self.lows[:2], None, self.lows[3])
         if keep is Keep.MOST:
             return
         self.heads, self.attention, self.attended_TD, self.x2_TD = None, None, None, None
+        self.lows = (None, None, None, self.lows[3])
 
 
 def forward(layer: Layer, stream: Stream, at: Pass, *, record: bool) -> tuple[Stream, LayerTape | None]:
