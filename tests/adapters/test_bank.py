@@ -15,11 +15,10 @@ from torch import nn
 
 from tenon.adapters.bank import AdapterBank, SiteShape, SlotShape, initialise
 from tenon.adapters.peft_files import fill_slot, load_adapter, read_adapter, write_adapter
-from tenon.bases.facts import MODULE_PATHS, site_name
+from tenon.bases.facts import MODULE_PATHS, STACKS, site_name
 from tenon.batch import NO_SLOT
 from tenon.data.pack import PackOptions, bare_row, pack_rows
 from tenon.errors import AdapterError
-from tenon.models.decoder import STACKS
 from tests.tiny import CPU, random_slot, slot_shape, tiny_decoder, tiny_facts
 
 FACTS = tiny_facts()

@@ -20,12 +20,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tenon.bases.facts import ModelFacts, parse_site, site_name
+from tenon.bases.facts import STACKS, ModelFacts, parse_site, site_name
 from tenon.batch import Batch
 from tenon.errors import AdapterError
 from tenon.kernels.low_rank import LoraGroup, LoraMember, LoraPart, LowRank, Routes, site_table
 from tenon.models.decoder import Rider
-from tenon.models.weights import STACKS
 
 Initialisation = Literal["kaiming", "gaussian", "orthogonal"]
 

@@ -20,6 +20,13 @@ MODULE_PATHS: dict[str, str] = {
     "up_proj": "mlp.up_proj",
     "down_proj": "mlp.down_proj",
 }
+# Modules that share an input are one stacked weight, in this order of outputs.
+STACKS: dict[str, tuple[str, ...]] = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 
@@ -89,6 +96,11 @@ class ModelFacts(Value):
             "up_proj": (self.feed_forward, self.hidden),
             "down_proj": (self.hidden, self.feed_forward),
         }[module]
+
+    def stack_shape(self, stack: str) -> tuple[int, int]:
+        """(out, in) features of one stacked weight."""
+        shapes = [self.linear_shape(module) for module in STACKS[stack]]
+        return sum(out for out, _ in shapes), shapes[0][1]
 
     @property
     def linear_parameters(self) -> int:

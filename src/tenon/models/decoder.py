@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tenon.bases.facts import MODULE_PATHS, ModelFacts
+from tenon.bases.facts import MODULE_PATHS, STACKS, ModelFacts
 from tenon.batch import Batch
 from tenon.kernels.gpu import can_fuse
 from tenon.kernels.low_rank import LoraGroup, LowRank, Routes, Sum
@@ -35,7 +35,7 @@ from tenon.models.layer import Keep, Layer, LayerTape, Pass, Stream
 from tenon.models.rope import rotary_tables
 from tenon.models.shards import ShardedLayers, Sharing
 from tenon.models.walk import LayerWalk, ResidentLayers
-from tenon.models.weights import STACKS, Place, layer_places, load_tensors, tensor_place
+from tenon.models.weights import Place, layer_places, load_tensors, tensor_place
 
 # Below so many tokens a batch does not win back the time that it takes to fill the borders.
 _RIDE_TOKENS = 2048

@@ -11,19 +11,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tenon.bases.facts import MODULE_PATHS, ModelFacts
+from tenon.bases.facts import MODULE_PATHS, STACKS, ModelFacts
 from tenon.errors import BaseModelError
 from tenon.kernels.nf4 import Nf4Weight
 from tenon.models.frozen import FrozenLinear, as_tensor
 from tenon.models.layer import Layer
-
-# Modules that share an input are one stacked weight, in this order of outputs.
-STACKS: dict[str, tuple[str, ...]] = {
-    "qkv": ("q_proj", "k_proj", "v_proj"),
-    "o": ("o_proj",),
-    "gate_up": ("gate_proj", "up_proj"),
-    "down": ("down_proj",),
-}
 
 
 @dataclass(frozen=True, slots=True)
