@@ -18,12 +18,16 @@ from tenon.batch import PackedRows
 # Rows of one length from here on go to cuDNN: below, its plans cost more than it saves.
 _CUDNN_TOKENS = 512
 _MOST_HEAD = 256
+_CAPABILITY = (8, 0)
 
 
 def fits(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the kernels here take such queries: half precision on a GPU, heads of up to 256 in steps of 8."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    return device.type == "cuda" and half and head_dim % 8 == 0 and head_dim <= _MOST_HEAD
+    """Whether the kernels here take such queries: half precision, heads of up to 256 in steps of 8, on a GPU of compute
+    capability 8.0 (Ampere) or later.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _CAPABILITY:
+        return False
+    return dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= _MOST_HEAD
 
 
 def attend(
