@@ -22,6 +22,8 @@ class Settings:
     debug: show tracebacks (TENON_DEBUG=1).
     worker: module that runs as the worker process (TENON_WORKER); `tenon.worker.fake` does no arithmetic.
     visible_devices: GPUs that this process may use, as CUDA reads them (CUDA_VISIBLE_DEVICES); None is all of them.
+    rank, ranks, rendezvous: which of how many processes of one run this is, and the host:port where they meet; set by
+    torchrun, which starts them (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; heeded with TORCHELASTIC_RUN_ID alone).
     """
 
     home: Path
@@ -31,6 +33,9 @@ class Settings:
     debug: bool
     worker: str = "tenon.worker"
     visible_devices: str | None = None
+    rank: int = 0
+    ranks: int = 1
+    rendezvous: str = ""
 
     @property
     def registry(self) -> Path:
@@ -42,6 +47,7 @@ def read_settings(environ: dict[str, str] | None = None) -> Settings:
     """Read the environment once; pass the value on."""
     env = dict(os.environ) if environ is None else environ
     home = Path(env.get("TENON_HOME", "~/.tenon")).expanduser()
+    started = "TORCHELASTIC_RUN_ID" in env
     return Settings(
         home=home,
         cache=Path(env["TENON_CACHE"]).expanduser() if env.get("TENON_CACHE") else home / "cache",
@@ -50,6 +56,9 @@ def read_settings(environ: dict[str, str] | None = None) -> Settings:
         debug=_truthy(env.get("TENON_DEBUG")),
         worker=env.get("TENON_WORKER") or "tenon.worker",
         visible_devices=env.get("CUDA_VISIBLE_DEVICES"),
+        rank=int(env.get("RANK") or 0) if started else 0,
+        ranks=int(env.get("WORLD_SIZE") or 1) if started else 1,
+        rendezvous=f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}" if started else "",
     )
 
 

@@ -46,19 +46,28 @@ def resume(
     quiet: Quiet = False,
     as_json: JsonLines = False,
     detach: Detach = False,
+    devices: Annotated[
+        int | None,
+        typer.Option("--devices", min=1, max=64, help="Go on with this many GPUs instead of as many as planned."),
+    ] = None,
 ) -> None:
-    """Go on with a run that was stopped, killed, or failed: bit for bit as if it had never stopped."""
+    """Go on with a run that was stopped, killed, or failed: bit for bit as if it had never stopped.
+
+    On another number of GPUs the rows and their order stay the same, and sums are rounded in another order.
+    """
     from tenon.service.run_list import open_run
 
-    _follow(session_of(ctx), open_run(run), quiet=quiet, as_json=as_json, detach=detach)
+    _follow(session_of(ctx), open_run(run), quiet=quiet, as_json=as_json, detach=detach, devices=devices)
 
 
-def _follow(session: Session, run: RunFolder, *, quiet: bool, as_json: bool, detach: bool) -> None:
+def _follow(
+    session: Session, run: RunFolder, *, quiet: bool, as_json: bool, detach: bool, devices: int | None = None
+) -> None:
     """Start the worker and show its events until the end."""
     from tenon.errors import StopRequestedError, TenonError
     from tenon.service.training import start_training
 
-    training = start_training(run, session.settings, detach=detach)
+    training = start_training(run, session.settings, detach=detach, devices=devices)
     if detach:
         session.err.print(f"the run goes on as process {training.worker.pid}; look at it: tenon show {run.path}")
         session.err.print(f"stop it, saved: kill -TERM {training.worker.pid}")

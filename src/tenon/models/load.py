@@ -19,6 +19,7 @@ from tenon.errors import BaseModelError
 from tenon.models.bitsandbytes_files import group_modules
 from tenon.models.decoder import Decoder
 from tenon.models.frozen import FrozenKind
+from tenon.models.shards import Sharing
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -50,10 +51,11 @@ def load_decoder(
     compute_fp8: bool = False,
     fp8_twice: bool = True,
     ride_rank: int = 0,
+    sharing: Sharing | None = None,
 ) -> Decoder:
     """A decoder with the folder's weights, converted to `dtype` on `device`, and quantised there, a module at a time.
 
-    kind, compute_fp8, fp8_twice, ride_rank: see `Decoder`.
+    kind, compute_fp8, fp8_twice, ride_rank, sharing: see `Decoder`.
 
     Raises: BaseModelError as `read_tensors`, and base-tensor-missing, base-tensor-unexpected, base-tensor-shape.
     """
@@ -65,6 +67,7 @@ def load_decoder(
         compute_fp8=compute_fp8,
         fp8_twice=fp8_twice,
         ride_rank=ride_rank,
+        sharing=sharing,
     )
     decoder.load_tensors(group_modules(read_tensors(folder)))
     return decoder

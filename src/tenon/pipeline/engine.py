@@ -17,7 +17,9 @@ from tenon.data.tokenizer import load_tokenizer
 from tenon.errors import PlanError
 from tenon.models.decoder import Decoder
 from tenon.models.load import load_decoder
+from tenon.models.shards import Sharing
 from tenon.plan.values import BasePlan, Frozen, MachineFacts, Precision
+from tenon.ranks.group import ALONE, Ranks, rank_device
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,10 +48,13 @@ def load_workbench(
     *,
     frozen: Frozen | None = None,
     ride_rank: int = 0,
+    ranks: Ranks = ALONE,
+    sharing: Sharing | None = None,
 ) -> Workbench:
     """Load the decoder onto the planned device. Raises PlanError plan-device-missing when there is none.
 
-    frozen: what the linear weights are kept in. ride_rank: rank of the one slot that will be trained, else 0.
+    frozen: what the linear weights are kept in. ride_rank: rank of the one slot that will be trained, else 0. ranks:
+    each has a device of its own, and its part of a CPU's threads. sharing: with whom the layers are shared, if at all.
     """
     frozen = frozen or Frozen()
     if machine.device == "cuda" and not torch.cuda.is_available():
@@ -58,10 +63,10 @@ def load_workbench(
             f"the plan wants a GPU ({machine.device_name}), and torch finds none here",
             hint="run on a machine with a GPU, or plan with device=cpu",
         )
-    torch.set_num_threads(machine.threads)
+    torch.set_num_threads(max(1, machine.threads // ranks.count))
     # cuDNN plans anew for every new shape (about 170 ms), and packed rows bring new shapes all the time.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    device, dtype = torch.device(machine.device), DTYPES[precision]
+    device, dtype = rank_device(machine.device, ranks), DTYPES[precision]
     decoder = load_decoder(
         folder,
         base.facts,
@@ -71,5 +76,6 @@ def load_workbench(
         compute_fp8=frozen.fp8_compute,
         fp8_twice=frozen.fp8_twice,
         ride_rank=ride_rank,
+        sharing=sharing,
     )
     return Workbench(folder, decoder, AdapterBank(base.facts, dtype=dtype, device=device))

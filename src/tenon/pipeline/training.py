@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
 from tenon.adapters.bank import SiteShape, SlotShape, initialise
@@ -16,13 +16,16 @@ from tenon.adapters.peft_files import fill_slot, read_adapter
 from tenon.data.order import RowOrder
 from tenon.errors import StopRequestedError, TenonError
 from tenon.kernels.gpu_errors import gpu_errors
+from tenon.models.shards import Sharing
 from tenon.pipeline.base import find_base
 from tenon.pipeline.engine import Workbench, load_workbench
 from tenon.pipeline.finish import finish_slot
 from tenon.pipeline.gpu_watch import gpu_telemetry, note_machine
-from tenon.pipeline.slot_data import SlotData, open_slot_data
+from tenon.pipeline.slot_data import Emit, SlotData, open_slot_data
+from tenon.pipeline.together import SharedCheckpoints, meet, silent
 from tenon.pipeline.validation import Validator
 from tenon.plan.values import LoraPlan, Plan, SlotPlan
+from tenon.ranks.group import Ranks
 from tenon.runs.events import Broadcast
 from tenon.runs.folder import RunFolder
 from tenon.runs.trackers import open_trackers
@@ -40,62 +43,100 @@ _FP16_LOSS_SCALE = 65536.0
 
 
 def train(run_folder: Path, settings: Settings) -> None:
-    """Do, or go on with, the run of a folder. Raises StopRequestedError when it was stopped and saved."""
+    """Do, or go on with, the run of a folder, alone or as one of its ranks; the first of them tells what happens.
+
+    Raises StopRequestedError when it was stopped and saved.
+    """
     run = RunFolder.open(run_folder)
     plan = Plan.from_json(run.plan_json())
+    if settings.rank:
+        _take_part(run, plan, settings, silent, nullcontext())
+        return
     with run.lock():
         telemetry = gpu_telemetry(run, plan, settings)
         trackers = open_trackers(plan.trackers, run, offline=settings.offline)
-        emit = Broadcast(run.events, [*trackers, telemetry])
-        stop = StopSignal()
+        events = Broadcast(run.events, [*trackers, telemetry])
         try:
-            with stop.listening(), telemetry.sampling(), gpu_errors(resume=f"tenon resume {run_folder}"):
-                _work(run, plan, settings, emit, stop)
-        except StopNow:
-            emit.emit("stopped")
-            raise StopRequestedError(
-                "run-stopped", "stopped; everything done so far is saved", hint=f"tenon resume {run_folder}"
-            ) from None
+            _take_part(run, plan, settings, events.emit, telemetry.sampling())
         except StopRequestedError:
             raise
         except TenonError as error:
-            emit.emit("failed", code=error.code, text=error.what)
+            events.emit("failed", code=error.code, text=error.what)
             raise
         finally:
-            emit.close()
+            events.close()
 
 
-def _work(run: RunFolder, plan: Plan, settings: Settings, events: Broadcast, stop: StopSignal) -> None:
-    emit = events.emit
-    newest = run.checkpoints.newest()
-    emit("resume", step=newest.step) if newest else emit("start")
+def _take_part(
+    run: RunFolder, plan: Plan, settings: Settings, emit: Emit, sampling: AbstractContextManager[None]
+) -> None:
+    """The work of one rank, from meeting the others to the end."""
+    ranks = meet(run, plan, settings)
+    stop = StopSignal(ranks)
+    try:
+        with stop.listening(), sampling, gpu_errors(resume=f"tenon resume {run.path}"):
+            _work(run, plan, settings, emit, stop, ranks)
+    except StopNow:
+        stop.settle()
+        emit("stopped")
+        stopped = StopRequestedError(
+            "run-stopped", "stopped; everything done so far is saved", hint=f"tenon resume {run.path}"
+        )
+        ranks.part(stopped)
+        raise stopped from None
+    except TenonError as error:
+        ranks.part(error)
+        raise
+
+
+def _work(run: RunFolder, plan: Plan, settings: Settings, emit: Emit, stop: StopSignal, ranks: Ranks) -> None:
+    newest = SharedCheckpoints(run.checkpoints, ranks).newest()
+    emit("resume", step=newest.step, ranks=ranks.count) if newest else emit("start", ranks=ranks.count)
     started = time.monotonic()
-    note_machine(run, plan, settings)
+    if ranks.first:
+        note_machine(run, plan, settings)
     with ExitStack() as open_data:
         with stop.interruptible():
-            emit("phase", name="base", detail=plan.base.spec)
-            folder = find_base(plan.base, settings)
-            emit("phase", name="data", detail=f"{len(plan.slots)} slots" if len(plan.slots) > 1 else "")
-            data = [open_data.enter_context(open_slot_data(slot, folder, settings, emit)) for slot in plan.slots]
-            _write_reports(run, plan.slots, data)
-            bench = load_workbench(
-                folder,
-                plan.base,
-                plan.machine,
-                plan.precision,
-                frozen=plan.frozen,
-                ride_rank=plan.slots[0].lora.rank if len(plan.slots) == 1 else 0,
-            )
+            with ranks.first_goes_first():
+                emit("phase", name="base", detail=plan.base.spec)
+                folder = find_base(plan.base, settings)
+                emit("phase", name="data", detail=f"{len(plan.slots)} slots" if len(plan.slots) > 1 else "")
+                data = [open_data.enter_context(open_slot_data(slot, folder, settings, emit)) for slot in plan.slots]
+                if ranks.first:
+                    _write_reports(run, plan.slots, data)
+            bench = _load(plan, folder, stop, ranks)
+        # Where ranks hold parts of the base for each other, none may drop its work alone.
+        stop.at_once = not plan.devices.sharded
         slots = [_make_slot(bench, slot, own) for slot, own in zip(plan.slots, data, strict=True)]
-        trainer = _make_trainer(run, plan, bench, slots, data, events, stop)
+        trainer = _make_trainer(run, plan, bench, slots, data, emit, stop, ranks)
         trainer.resume()
         emit("phase", name="train", detail=", ".join(slot.name for slot in plan.slots))
         trainer.run()
+        if not plan.devices.sharded:
+            ranks.leave()
+        if not plan.devices.sharded and not ranks.first:
+            return
         for training, own in zip(slots, data, strict=True):
             with stop.interruptible():
                 trainer.take_best(training)
-                finish_slot(run, plan, training, own, bench, settings, emit)
+                if ranks.first:
+                    finish_slot(run, plan, training, own, bench, settings, emit)
+                bench.decoder.walk.follow()
+        ranks.leave()
     emit("finished", seconds=time.monotonic() - started)
+
+
+def _load(plan: Plan, folder: Path, stop: StopSignal, ranks: Ranks) -> Workbench:
+    return load_workbench(
+        folder,
+        plan.base,
+        plan.machine,
+        plan.precision,
+        frozen=plan.frozen,
+        ride_rank=plan.slots[0].lora.rank if len(plan.slots) == 1 else 0,
+        ranks=ranks,
+        sharing=Sharing(ranks, stop) if plan.devices.sharded else None,
+    )
 
 
 def _write_reports(run: RunFolder, slots: Sequence[SlotPlan], data: Sequence[SlotData]) -> None:
@@ -127,10 +168,15 @@ def _make_trainer(
     bench: Workbench,
     slots: Sequence[SlotTraining],
     data: Sequence[SlotData],
-    events: Broadcast,
+    emit: Emit,
     stop: StopSignal,
+    ranks: Ranks,
 ) -> Trainer:
-    validator = Validator(bench, {t.number: own for t, own in zip(slots, data, strict=True)}, plan.base.base_hash)
+    rows = {t.number: own for t, own in zip(slots, data, strict=True)}
+    validator, checkpoints = (
+        Validator(bench, rows, plan.base.base_hash, ranks),
+        SharedCheckpoints(run.checkpoints, ranks),
+    )
     scale = _FP16_LOSS_SCALE if plan.precision == "fp16" else 1.0
     return Trainer(
         bench.decoder,
@@ -138,5 +184,5 @@ def _make_trainer(
         slots,
         options=StepOptions(plan.micro_tokens, plan.share_prefix, plan.recompute, scale),
         checkpoint_every=plan.checkpoint.every,
-        ports=RunPorts(events.emit, run.checkpoints, validator, stop, plan.base.spec),
+        ports=RunPorts(emit, checkpoints, validator, stop, plan.base.spec, ranks),
     )

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tenon.errors import PlanError
+from tenon.plan.devices import rank_machine
 from tenon.plan.fit import check_disk, usable_bytes
 from tenon.plan.memory import Shape, memory_terms
-from tenon.plan.values import CheckpointPlan, Choice, Estimate, Frozen, Plan
+from tenon.plan.values import CheckpointPlan, Choice, DevicesPlan, Estimate, Frozen, Plan
 from tenon.units import format_bytes
 
 
@@ -46,6 +47,7 @@ def combine(plans: Sequence[Plan]) -> Plan:
             "recompute": recompute,
             "micro_tokens": micro_tokens,
             "fp8_twice": _frozen(plans).fp8_twice,
+            "devices": _devices(plans),
             "share_prefix": all(plan.share_prefix for plan in plans),
             "slots": slots,
             "checkpoint": checkpoint,
@@ -95,8 +97,15 @@ def _frozen(plans: Sequence[Plan]) -> Frozen:
     return plans[0].frozen.model_copy(update={"fp8_twice": all(plan.fp8_twice for plan in plans)})
 
 
+def _devices(plans: Sequence[Plan]) -> DevicesPlan:
+    """The most that any of them can use; steps of all together are larger than each one's."""
+    return DevicesPlan(
+        count=max(plan.devices.count for plan in plans), sharded=any(plan.devices.sharded for plan in plans)
+    )
+
+
 def _check_fits(plan: Plan) -> None:
-    usable = usable_bytes(plan.machine)
+    usable = usable_bytes(rank_machine(plan.machine, plan.devices.count))
     if plan.estimate.memory_bytes > usable:
         raise PlanError(
             "plan-memory",
@@ -112,7 +121,9 @@ def _estimate(plans: Sequence[Plan], *, micro_tokens: int, recompute: bool) -> E
     """The base counts once, adapters add up, and every slot's tokens go through the base."""
     first, estimates = plans[0], [plan.estimate for plan in plans]
     slots = [(slot.lora, slot.optimizer) for plan in plans for slot in plan.slots]
-    shape = Shape(first.machine.device, first.precision, micro_tokens, recompute, _frozen(plans))
+    devices = _devices(plans)
+    shards = devices.count if devices.sharded else 1
+    shape = Shape(first.machine.device, first.precision, micro_tokens, recompute, _frozen(plans), shards)
     trainable = sum(estimate.trainable_parameters for estimate in estimates)
     return Estimate(
         trainable_parameters=trainable,

@@ -11,8 +11,9 @@ from pathlib import Path
 from tenon.bases.facts import ModelFacts
 from tenon.errors import PlanError
 from tenon.plan.choices import Choices
+from tenon.plan.devices import StepFacts, candidate_counts, decide_devices, rank_machine, step_seconds
 from tenon.plan.fit import Fit, Load, check_disk, find_fit
-from tenon.plan.memory import adapter_parameters, checkpoint_bytes, trained_layers
+from tenon.plan.memory import adapter_parameters, checkpoint_bytes, gradient_bytes, trained_layers
 from tenon.plan.precision import base_formats, decide_compute, explain_base
 from tenon.plan.size import DataSize, count_steps, rows_per_step
 from tenon.plan.slots import (
@@ -29,12 +30,13 @@ from tenon.plan.slots import (
     slot_name,
     train_rows,
 )
-from tenon.plan.time import flops_per_token, step_seconds
+from tenon.plan.time import flops_per_token
 from tenon.plan.values import (
     BasePlan,
     BatchPlan,
     CheckpointPlan,
     DataPlan,
+    DevicesPlan,
     Estimate,
     Frozen,
     LimitsPlan,
@@ -67,6 +69,7 @@ class Work:
     """What the parts amount to on this machine. exact: steps is no estimate."""
 
     fit: Fit
+    devices: DevicesPlan
     rows: int
     validation_rows: int
     step_tokens: float
@@ -94,7 +97,10 @@ def decide(loaded: Loaded, *, base: BasePlan, machine: MachineFacts, data_size: 
         batch=decide_batch(loaded, choices),
         limits=decide_limits(loaded, choices),
     )
-    work = _work(loaded, parts, base.facts, machine=machine, precision=precision, formats=formats, size=data_size)
+    work = _work(
+        loaded, choices, parts, base.facts, machine=machine, precision=precision, formats=formats, size=data_size
+    )
+    machine = rank_machine(machine, work.devices.count) if machine.device == "cuda" else machine
     explain_base(loaded, choices, work.fit.frozen, facts=base.facts, machine=machine)
     _explain_fit(loaded, choices, work.fit)
     slot = _slot(loaded, choices, parts, work, name=name, seed=seed)
@@ -109,6 +115,7 @@ def decide(loaded: Loaded, *, base: BasePlan, machine: MachineFacts, data_size: 
         base_format=work.fit.frozen.format,
         fp8_compute=work.fit.frozen.fp8_compute,
         fp8_twice=work.fit.frozen.fp8_twice,
+        devices=work.devices,
         recompute=work.fit.recompute,
         micro_tokens=work.fit.micro_tokens,
         share_prefix=_share_prefix(choices, parts.lora.dropout),
@@ -124,6 +131,7 @@ def decide(loaded: Loaded, *, base: BasePlan, machine: MachineFacts, data_size: 
 
 def _work(
     loaded: Loaded,
+    choices: Choices,
     parts: Parts,
     facts: ModelFacts,
     *,
@@ -135,18 +143,21 @@ def _work(
     data, batch = parts.data, parts.batch
     rows = train_rows(data, size)
     row_tokens = min(size.mean_tokens, data.max_tokens)
-    step_tokens = rows_per_step(batch, row_tokens) * row_tokens
+    step_rows = rows_per_step(batch, row_tokens)
+    step_tokens = step_rows * row_tokens
+    counts = candidate_counts(loaded, machine)
     fit = find_fit(
         Load(
             facts=facts,
             slots=((parts.lora, parts.optimizer),),
-            machine=machine,
+            machine=rank_machine(machine, counts[-1]),
             precision=precision,
             longest_tokens=min(size.longest_tokens or data.max_tokens, data.max_tokens),
-            step_tokens=step_tokens,
+            step_tokens=step_tokens / counts[0],
             micro_tokens=loaded.recipe.batch.micro_tokens,
             recompute={"full": True, "none": False}.get(loaded.recipe.checkpointing or "auto"),
             formats=formats,
+            shards=tuple(sorted({1, *counts})),
         )
     )
     token_flops = flops_per_token(
@@ -157,9 +168,20 @@ def _work(
         recompute=fit.recompute,
         trained_share=trained_layers(facts, parts.lora) / facts.layers,
     )
-    seconds = step_seconds(machine, precision, fit.frozen, step_tokens=step_tokens, token_flops=token_flops)
+    step = StepFacts(
+        step_rows, step_tokens, token_flops, gradient_bytes(facts, parts.lora), min(fit.micro_tokens, step_tokens)
+    )
+
+    def seconds_on(devices: DevicesPlan) -> float:
+        return step_seconds(devices, step, facts, machine, precision=precision, frozen=fit.frozen)
+
+    devices = decide_devices(
+        loaded, choices, machine, counts=counts, shards=fit.shards, step_rows=step_rows, seconds=seconds_on
+    )
+    seconds = seconds_on(devices)
     return Work(
         fit=fit,
+        devices=devices,
         rows=rows,
         validation_rows=size.validation_rows if data.validation else heldout_rows(data, size),
         step_tokens=step_tokens,
@@ -248,7 +270,11 @@ def _explain_fit(loaded: Loaded, choices: Choices, fit: Fit) -> None:
         need_bytes = min(tried.size_bytes for tried in fit.too_large if tried.frozen == frozen)
         kept = "unquantised" if frozen.format == "dense" else f"in {frozen.format}{', twice' * frozen.fp8_twice}"
         choices.reject(f"a base {kept}", f"needs about {format_bytes(need_bytes)}")
-    for tried in (tried for tried in fit.too_large if tried.frozen == fit.frozen):
+    for shards in dict.fromkeys(t.shards for t in fit.too_large if t.frozen == fit.frozen and t.shards != fit.shards):
+        need_bytes = min(t.size_bytes for t in fit.too_large if t.frozen == fit.frozen and t.shards == shards)
+        where = "the whole base on each device" if shards == 1 else f"the base spread over {shards} devices"
+        choices.reject(where, f"each needs about {format_bytes(need_bytes)}")
+    for tried in (tried for tried in fit.too_large if tried.frozen == fit.frozen and tried.shards == fit.shards):
         how = "with recompute" if tried.recompute else "without recompute"
         choices.reject(f"{tried.micro_tokens} tokens at once {how}", f"needs about {format_bytes(tried.size_bytes)}")
 

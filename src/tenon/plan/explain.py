@@ -66,11 +66,20 @@ def _run_rows(plan: Plan) -> list[PlanRow]:
     twice = "every layer computed again in the backward pass" if plan.recompute else "nothing computed twice"
     return [
         PlanRow(group="run", what="base", value=plan.base.spec, note=built),
-        PlanRow(group="run", what="device", value=machine.device, note=f"{machine.device_name}, {memory}"),
+        PlanRow(group="run", what="device", value=_devices(plan), note=f"{machine.device_name}, {memory}"),
         PlanRow(group="run", what="precision", value=_precision(plan), note="the adapter itself is fp32"),
         PlanRow(group="run", what="tokens at once", value=format_count(plan.micro_tokens), note=twice),
         PlanRow(group="run", what="run folder", value=plan.run_folder),
     ]
+
+
+def _devices(plan: Plan) -> str:
+    count = plan.devices.count
+    if count == 1:
+        return plan.machine.device
+    return f"{count} x {plan.machine.device}, " + (
+        "the base spread over them" if plan.devices.sharded else "a replica each"
+    )
 
 
 def _precision(plan: Plan) -> str:
@@ -90,7 +99,13 @@ def _cost_rows(plan: Plan) -> list[PlanRow]:
         PlanRow(group="cost", what="rows", value=format_count(estimate.train_rows), rough=counted),
         PlanRow(group="cost", what="steps", value=format_count(estimate.steps), rough=counted),
         PlanRow(group="cost", what="tokens", value=format_short(estimate.train_tokens), rough=True),
-        PlanRow(group="cost", what="memory", value=format_bytes(estimate.memory_bytes), rough=True),
+        PlanRow(
+            group="cost",
+            what="memory",
+            value=format_bytes(estimate.memory_bytes),
+            note="on each device" if plan.devices.count > 1 else "",
+            rough=True,
+        ),
         PlanRow(group="cost", what="time", value=time, note="without loading and the final evaluation", rough=True),
         PlanRow(
             group="cost", what="disk", value=disk, note=f"{keep} checkpoints, the best, one being written", rough=True

@@ -23,7 +23,8 @@ class Load:
     """What is to fit.
 
     longest_tokens: no row is longer. step_tokens: of one optimiser step, about. micro_tokens: asked, or None.
-    recompute: asked, or None. formats: what the base may be kept in, best first.
+    recompute: asked, or None. formats: what the base may be kept in, best first. shards: over how many devices it may
+    be spread, ascending. machine: what each of the devices has.
     """
 
     facts: ModelFacts
@@ -35,6 +36,7 @@ class Load:
     formats: tuple[Frozen, ...]
     micro_tokens: int | None = None
     recompute: bool | None = None
+    shards: tuple[int, ...] = (1,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class Tried:
     micro_tokens: int
     recompute: bool
     size_bytes: int
+    shards: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class Fit:
     recompute: bool
     terms: tuple[MemoryTerm, ...]
     too_large: tuple[Tried, ...]
+    shards: int = 1
 
     @property
     def total_bytes(self) -> int:
@@ -64,7 +68,7 @@ class Fit:
 
 
 def find_fit(load: Load) -> Fit:
-    """The first format that fits, in its fastest way: many tokens at once first, recompute last.
+    """The first format that fits, on as few devices as hold it, in its fastest way: many tokens at once first.
 
     Raises PlanError: plan-micro-tokens, plan-memory with what would fit.
     """
@@ -109,15 +113,17 @@ def _search(load: Load) -> tuple[Fit | None, list[Tried]]:
     recomputes = [False, True] if load.recompute is None else [load.recompute]
     # Of one format, keeping it twice saves less than recomputing or small batches cost: it is given up first.
     groups = [tuple(group) for _, group in itertools.groupby(load.formats, key=lambda frozen: frozen.format)]
-    ways = itertools.chain.from_iterable(itertools.product(recomputes, _sizes(load), group) for group in groups)
-    for recompute, micro_tokens, frozen in ways:
+    ways = itertools.chain.from_iterable(
+        itertools.product((shards,), recomputes, _sizes(load), group) for group in groups for shards in load.shards
+    )
+    for shards, recompute, micro_tokens, frozen in ways:
         at_once = min(micro_tokens, max(load.longest_tokens, round(1.5 * load.step_tokens)))
-        shape = Shape(load.machine.device, load.precision, at_once, recompute, frozen)
+        shape = Shape(load.machine.device, load.precision, at_once, recompute, frozen, shards)
         terms = memory_terms(load.facts, load.slots, shape)
         total_bytes = sum(term.size_bytes for term in terms)
         if total_bytes <= usable_bytes(load.machine):
-            return Fit(frozen, micro_tokens, recompute, terms, tuple(too_large)), too_large
-        too_large.append(Tried(frozen, micro_tokens, recompute, total_bytes))
+            return Fit(frozen, micro_tokens, recompute, terms, tuple(too_large), shards), too_large
+        too_large.append(Tried(frozen, micro_tokens, recompute, total_bytes, shards))
     return None, too_large
 
 
@@ -135,7 +141,9 @@ def _sizes(load: Load) -> Sequence[int]:
 
 def _largest(load: Load) -> str:
     recompute = load.recompute is not False
-    shape = Shape(load.machine.device, load.precision, load.longest_tokens, recompute, load.formats[-1])
+    shape = Shape(
+        load.machine.device, load.precision, load.longest_tokens, recompute, load.formats[-1], load.shards[-1]
+    )
     terms = sorted(memory_terms(load.facts, load.slots, shape), key=lambda term: -term.size_bytes)
     return ", ".join(f"{term.what} {format_bytes(term.size_bytes)}" for term in terms[:3])
 
@@ -162,9 +170,13 @@ def _what_would_fit(load: Load) -> str:
             for tokens in halves
         ]
     tries += fewer_bytes if load.machine.device == "cpu" else []
-    fitting = [words for words, changed in tries if _search(changed)[0] is not None]
+    fitting = [words for words, changed in tries if _search(changed)[0] is not None][:2]
+    if load.machine.device == "cuda":
+        more = [2**power for power in range(1, 7) if 2**power > load.shards[-1]]
+        enough = [count for count in more if _search(_changed(load, shards=(count,)))[0] is not None]
+        fitting += [f"{count} such GPUs" for count in enough[:1]]
     if fitting:
-        return f"what would fit: {' or '.join(fitting[:2])}"
+        return f"what would fit: {' or '.join(fitting)}"
     smallest = _changed(load, tokens=64, formats=(Frozen(format="nf4"),))
     need = min(tried.size_bytes for tried in _search(smallest)[1])
     return f"it takes a smaller base, or a machine with {format_bytes(need / USABLE_SHARE)} of memory"
@@ -177,6 +189,7 @@ def _changed(
     tokens: int | None = None,
     recompute: bool | None = None,
     formats: tuple[Frozen, ...] = (),
+    shards: tuple[int, ...] = (),
 ) -> Load:
     return Load(
         load.facts,
@@ -188,4 +201,5 @@ def _changed(
         formats or load.formats,
         None if tokens else load.micro_tokens,
         load.recompute if recompute is None else recompute,
+        shards or load.shards,
     )

@@ -7,6 +7,7 @@ give their own. This module does not know what a run needs.
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import os
 import platform
 import re
@@ -81,6 +82,7 @@ def read_machine(settings: Settings, *, run_folder: Path, probe: Probe | None = 
         bf16=gpu.capability >= BF16_CAPABILITY if gpu else False,
         free_disk_bytes=free_bytes(run_folder),
         capability=gpu.capability if gpu else None,
+        peers_memory_bytes=_peers(gpus),
     )
 
 
@@ -104,6 +106,12 @@ def parse_gpus(text: str) -> list[Gpu]:
             )
         )
     return gpus
+
+
+def _peers(gpus: list[Gpu]) -> tuple[int, ...]:
+    """Free memory of the GPUs that follow the first, up to one of another kind: ranks take them in this order."""
+    alike = itertools.takewhile(lambda gpu: (gpu.name, gpu.capability) == (gpus[0].name, gpus[0].capability), gpus[1:])
+    return tuple(gpu.free_bytes for gpu in alike)
 
 
 def _gpus(probe: Probe) -> list[Gpu]:

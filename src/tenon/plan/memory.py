@@ -29,13 +29,14 @@ USABLE_SHARE = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What memory depends on, beside the base and the slots."""
+    """What memory depends on, beside the base and the slots. shards: devices that the base is spread over."""
 
     device: str
     precision: Precision
     tokens_at_once: int
     recompute: bool
     frozen: Frozen
+    shards: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,11 @@ class MemoryTerm:
 def adapter_parameters(facts: ModelFacts, lora: LoraPlan) -> int:
     """Trainable parameters of one slot: R (in + out) for each matrix."""
     return sum(lora.rank * sum(facts.linear_shape(parse_site(site)[1])) for site in lora.sites)
+
+
+def gradient_bytes(facts: ModelFacts, lora: LoraPlan) -> int:
+    """The gradient of one slot, fp32."""
+    return 4 * adapter_parameters(facts, lora)
 
 
 def checkpoint_bytes(facts: ModelFacts, lora: LoraPlan, optimizer: OptimizerPlan) -> int:
@@ -87,11 +93,20 @@ def stack_shapes(facts: ModelFacts) -> tuple[tuple[int, int], ...]:
     )
 
 
-def base_bytes(facts: ModelFacts, precision: Precision, frozen: Frozen) -> int:
-    """What the base keeps: the linear layers in their format, all else in the precision."""
-    width = PRECISION_BYTES[precision]
-    weight_bytes = FORMAT_BYTES.get(frozen.format, width) * (2 if frozen.fp8_twice else 1)
-    return round(facts.linear_parameters * weight_bytes) + (facts.parameters - facts.linear_parameters) * width
+def layer_bytes(facts: ModelFacts, precision: Precision, frozen: Frozen) -> int:
+    """The matrices of one layer in their format."""
+    weight_bytes = FORMAT_BYTES.get(frozen.format, PRECISION_BYTES[precision]) * (2 if frozen.fp8_twice else 1)
+    return round(facts.linear_parameters / facts.layers * weight_bytes)
+
+
+def base_bytes(facts: ModelFacts, precision: Precision, frozen: Frozen, shards: int = 1) -> int:
+    """What the base keeps on one device: the linear layers in their format, all else in the precision.
+
+    shards: devices over which the layers are spread; each has room for two whole ones, and embeddings and head whole.
+    """
+    one = layer_bytes(facts, precision, frozen)
+    layers = facts.layers * one if shards == 1 else facts.layers * one // shards + 2 * one
+    return layers + (facts.parameters - facts.linear_parameters) * PRECISION_BYTES[precision]
 
 
 def dequantised_bytes(facts: ModelFacts, device: str, precision: Precision, frozen: Frozen) -> int:
@@ -117,7 +132,10 @@ def memory_terms(
         adapter_parameters(facts, lora) * (4 + 4 + _state_bytes(optimizer) + shadow) for lora, optimizer in slots
     )
     return (
-        MemoryTerm("base", base_bytes(facts, shape.precision, shape.frozen)),
+        MemoryTerm(
+            "base" if shape.shards == 1 else f"1/{shape.shards} of the base",
+            base_bytes(facts, shape.precision, shape.frozen, shape.shards),
+        ),
         MemoryTerm("a dequantised weight", dequantised_bytes(facts, shape.device, shape.precision, shape.frozen)),
         MemoryTerm("adapters, gradients, optimiser", adapters),
         MemoryTerm("activations", per_token * shape.tokens_at_once),

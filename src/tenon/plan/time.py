@@ -72,10 +72,3 @@ def device_rate(machine: MachineFacts, precision: Precision, frozen: Frozen) -> 
     rate = next((rate for name, rate in GPU_RATES if name in machine.device_name), UNKNOWN_GPU_RATE)
     rate *= FP8_SPEEDUP if frozen.fp8_compute else 1.0
     return rate / FP32_SLOWDOWN if precision == "fp32" else rate
-
-
-def step_seconds(
-    machine: MachineFacts, precision: Precision, frozen: Frozen, *, step_tokens: float, token_flops: float
-) -> float:
-    """Seconds of one optimiser step."""
-    return STEP_OVERHEAD_SECONDS[machine.device] + step_tokens * token_flops / device_rate(machine, precision, frozen)

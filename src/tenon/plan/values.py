@@ -46,10 +46,20 @@ class Frozen(Value):
     fp8_twice: bool = False
 
 
+class DevicesPlan(Value):
+    """How many devices share the work of each step. sharded: each keeps an equal part of every layer of the base, and
+    whole layers are gathered as they are computed with; else each keeps all of it.
+    """
+
+    count: int = 1
+    sharded: bool = False
+
+
 class MachineFacts(Value):
     """The machine as the planner sees it. memory: what may be used, not what is installed.
 
-    capability: compute capability of the GPU, as (9, 0); None on a CPU.
+    capability: compute capability of the GPU, as (9, 0); None on a CPU. peers_memory_bytes: of the GPUs of the same
+    kind that follow the first, in their order.
     """
 
     device: Literal["cpu", "cuda"]
@@ -62,6 +72,7 @@ class MachineFacts(Value):
     bf16: bool
     free_disk_bytes: int
     capability: tuple[int, int] | None = None
+    peers_memory_bytes: tuple[int, ...] = ()
 
 
 class BasePlan(Value):
@@ -209,6 +220,26 @@ class SlotPlan(Value):
     register_as: str | None
 
 
+class Keeping(Value):
+    """What the recorded layers keep for the way back (`plan.activations.LEVELS`), and how much is computed at once.
+
+    Layers of each level, those that keep least lie lowest: all: everything; most: not gate and up, which are computed
+    again; input: only the layer's input; host: that, in the host's memory. Layers below the lowest adapted one keep
+    nothing and are not counted. micro_tokens: most tokens of a batch.
+    """
+
+    micro_tokens: int
+    all_layers: int
+    most_layers: int = 0
+    input_layers: int = 0
+    host_layers: int = 0
+
+    @property
+    def counts(self) -> tuple[int, int, int, int]:
+        """Layers of each level, most memory first."""
+        return self.all_layers, self.most_layers, self.input_layers, self.host_layers
+
+
 class CheckpointPlan(Value):
     """every: steps between checkpoints (0 = only at stops and at the end). keep: newest ones kept, best apart."""
 
@@ -243,6 +274,7 @@ class Plan(Value):
     base_format: BaseFormat = "dense"
     fp8_compute: bool = False
     fp8_twice: bool = False
+    devices: DevicesPlan = DevicesPlan()
     recompute: bool
     micro_tokens: int
     share_prefix: bool

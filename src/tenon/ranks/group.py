@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, Protocol, TypeAlias
 
@@ -70,16 +70,23 @@ class Ranks(Protocol):
         """Begin to fill `whole_N` with the equal parts of all ranks, in their order."""
         ...
 
-    def first_finds(self, find: Callable[[], Told]) -> Told:
-        """What `find` gives on the first rank, told to all; None on the others when it raised there."""
+    def first_finds(self, find: Callable[[], Told], *, meanwhile: Callable[[], object] = lambda: None) -> Told:
+        """What `find` gives on the first rank, told to all; None on the others when it raised there.
+
+        meanwhile: what the others do before they wait.
+        """
         ...
 
     def first_goes_first(self) -> AbstractContextManager[None]:
         """A block that the other ranks enter when the first one has left it."""
         ...
 
-    def say_why(self, error: TenonError) -> None:
-        """Leave word of the error that ends this rank, for those that will miss it."""
+    def part(self, error: TenonError) -> None:
+        """Before this rank ends with an error: leave word of it for those that will miss it.
+
+        Ranks but the first then wait a little until the first has ended: it has more to say, and it is stopped when
+        another ends before it.
+        """
         ...
 
     def leave(self) -> None:
@@ -106,7 +113,7 @@ class Alone:
         whole_N.copy_(own_N)
         return _HERE
 
-    def first_finds(self, find: Callable[[], Told]) -> Told:
+    def first_finds(self, find: Callable[[], Told], *, meanwhile: Callable[[], object] = lambda: None) -> Told:  # noqa: ARG002
         """What it finds."""
         return find()
 
@@ -114,7 +121,7 @@ class Alone:
         """Nobody waits."""
         return nullcontext()
 
-    def say_why(self, error: TenonError) -> None:
+    def part(self, error: TenonError) -> None:
         """Nobody listens."""
 
     def leave(self) -> None:
@@ -127,7 +134,8 @@ class Group:
     def __init__(self, store: Store, number: int, count: int, *, movers: dist.ProcessGroup, watch: RankWatch):
         self.number, self.count, self.first = number, count, number == 0
         self._store, self._movers, self._watch = store, movers, watch
-        self._told = 0
+        # What the first rank told since all agreed last: a rank that was stopped half way skips some of it, alone.
+        self._agreed, self._told = 0, 0
 
     def largest(self, *values: float) -> tuple[float, ...]:
         """See `Ranks.largest`. Raises TrainError train-rank-lost, or what the lost rank said."""
@@ -136,6 +144,7 @@ class Group:
         all_V = torch.tensor(values, dtype=torch.float64)
         with self._company():
             dist.all_reduce(all_V, dist.ReduceOp.MAX)
+        self._agreed, self._told = self._agreed + 1, 0
         return tuple(all_V.tolist())
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
@@ -159,13 +168,14 @@ class Group:
         assert arrival is not None
         return _Coming(arrival, self._company)
 
-    def first_finds(self, find: Callable[[], Told]) -> Told:
+    def first_finds(self, find: Callable[[], Told], *, meanwhile: Callable[[], object] = lambda: None) -> Told:
         """See `Ranks.first_finds`. However long the first rank takes, the others wait, and hear signals meanwhile."""
         self._told += 1
         if self.count == 1:
             return find()
-        key = f"found-{self._told}"
+        key = f"found-{self._agreed}-{self._told}"
         if not self.first:
+            meanwhile()
             return json.loads(self._read(key))
         found: Told = None
         try:
@@ -187,12 +197,16 @@ class Group:
             if self.first:
                 self.first_finds(lambda: None)
 
-    def say_why(self, error: TenonError) -> None:
-        """See `Ranks.say_why`."""
-        if self.count > 1 and error.code != "train-rank-lost" and not error.code.endswith("-stopped"):
+    def part(self, error: TenonError) -> None:
+        """See `Ranks.part`."""
+        if self.count == 1:
+            return
+        if error.code != "train-rank-lost" and not error.code.endswith("-stopped"):
             word = {"rank": self.number, "code": error.code, "what": error.what, "got": error.got, "hint": error.hint}
-            with self._company():
+            with suppress(RuntimeError):  # nobody is left to read it
                 self._store.set("why", json.dumps(word))
+        if not self.first:
+            self._watch.outlive_first()
 
     def leave(self) -> None:
         """See `Ranks.leave`."""
@@ -272,6 +286,11 @@ def join(
         ) from error
     watch = RankWatch(store, number, count, on_lost=lambda who: on_lost(rank_lost(f"{who} is gone")))
     return Group(PrefixStore("tenon", store), number, count, movers=movers, watch=watch)
+
+
+def rank_device(kind: str, ranks: Ranks) -> torch.device:
+    """What a rank computes on: a GPU of its own, or the one CPU."""
+    return torch.device(kind, ranks.number) if kind == "cuda" and ranks.count > 1 else torch.device(kind)
 
 
 def rank_lost(what: str, *, got: str = "") -> TrainError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 
 import psutil
@@ -17,6 +18,7 @@ from torch.distributed.distributed_c10d import Store
 _POLL_SECONDS = 0.25
 # What the loop may take to notice a loss by itself, and to leave with its error.
 GRACE_SECONDS = 10.0
+_PARTING_SECONDS = 5.0
 
 
 class RankWatch:
@@ -32,6 +34,12 @@ class RankWatch:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="rank-watch", daemon=True)
         self._thread.start()
+
+    def outlive_first(self) -> None:
+        """Wait a little for the end of the first rank."""
+        until, first = time.monotonic() + _PARTING_SECONDS, self._others.get("rank 0")
+        while first is not None and _lives(first) and time.monotonic() < until:
+            time.sleep(0.02)
 
     def stop(self) -> None:
         """The others may go."""

@@ -87,6 +87,8 @@ DERIVED: dict[str, str] = {
     "CPU always `same`; a base whose files are nf4 stays nf4",
     "precision.compute": "fp32 on a CPU; bf16 on a GPU that has it, else fp16",
     "device": "a GPU when there is one that this installation can use",
+    "devices": "as many free GPUs of one kind as a step keeps busy, at least as many as hold the base; on a CPU one "
+    "process",
     "checkpointing": "none when that fits in memory, else full",
     "run": "`runs/NAME-TIME` in the folder where the command is typed",
 }

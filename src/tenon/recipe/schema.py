@@ -302,6 +302,11 @@ class Recipe(Section):
     evaluate: EvaluateSection = EvaluateSection()
     precision: PrecisionSection = PrecisionSection()
     device: Literal["auto", "cpu", "cuda"] | None = Field(default=None, description="Where the run computes.")
+    devices: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] | None = Field(
+        default=None,
+        description="How many GPUs of this machine share the work of each step, or on a CPU how many processes; what "
+        "is learned stays the same. A base that one GPU cannot hold is spread over them.",
+    )
     checkpointing: Literal["auto", "none", "full"] | None = Field(
         default=None,
         description="Gradient checkpointing: `full` computes every layer's forward pass again to save memory.",

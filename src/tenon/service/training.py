@@ -13,17 +13,20 @@ from pathlib import Path
 from types import FrameType
 
 from tenon.errors import RunError, StopRequestedError, TenonError
+from tenon.plan.devices import respread
+from tenon.plan.machine import read_machine
 from tenon.plan.values import Plan
 from tenon.runs.atomic import remove_folder
 from tenon.runs.events import follow_events
 from tenon.runs.folder import RunFolder
 from tenon.runs.status import RunState, status
 from tenon.service.environment import require_training
+from tenon.service.runs import read_plan
 from tenon.service.worker_process import Event, Worker, revive_error, start_worker
 from tenon.settings import Settings
 
 POLL_SECONDS = 0.1
-_KEEPS_RUN = ("run-worker-", "run-disk-full", "run-busy", "train-gpu-lost")
+_KEEPS_RUN = ("run-worker-", "run-disk-full", "run-busy", "train-gpu-lost", "train-rank-lost")
 
 
 class Training:
@@ -87,15 +90,27 @@ def new_run(plan: Plan, recipe_texts: Mapping[str, str]) -> Iterator[RunFolder]:
         raise
 
 
-def start_training(run: RunFolder, settings: Settings, *, detach: bool = False) -> Training:
-    """Start, or go on with, the run in a worker process. detach: it does not end with this process.
+def start_training(run: RunFolder, settings: Settings, *, detach: bool = False, devices: int | None = None) -> Training:
+    """Start, or go on with, the run in a worker process, or in one for each of its devices.
 
-    Raises RunError run-finished and run-busy, before anything is started; those of `require_training`.
+    detach: it does not end with this process. devices: another number of them than planned; the rows and their order
+    stay. Raises RunError run-finished and run-busy, PlanError plan-devices and plan-memory, before anything is started;
+    those of `require_training`.
     """
     require_training()
     _require_resumable(run)
+    plan = read_plan(run)
+    if devices is not None and devices != plan.devices.count:
+        plan = respread(plan, devices, read_machine(settings, run_folder=run.path))
     started = time.time()
-    worker = start_worker("train", run.path, settings=settings, log=run.path / "worker.log", detach=detach)
+    worker = start_worker(
+        "train",
+        run.path,
+        settings=settings,
+        log=run.path / "worker.log",
+        detach=detach,
+        processes=plan.devices.count,
+    )
     return Training(run, worker, started=started)
 
 

@@ -68,7 +68,9 @@ class Worker:
         for line in self._process.stdout:
             event = json.loads(line)
             if event["kind"] == "error":
-                self.error = revive_error(event)
+                # Several processes may tell: the first one's is the cause, unless it only missed another one.
+                if self.error is None or self.error.code == "train-rank-lost":
+                    self.error = revive_error(event)
             else:
                 yield event
 
@@ -119,12 +121,17 @@ class Worker:
                 self._process.send_signal(number)
 
 
-def start_worker(kind: str, target: Path | None, *, settings: Settings, log: Path, detach: bool = False) -> Worker:
+def start_worker(
+    kind: str, target: Path | None, *, settings: Settings, log: Path, detach: bool = False, processes: int = 1
+) -> Worker:
     """Start `python -m tenon.worker KIND TARGET`; without a target it waits for its request on standard input.
 
-    log: gets what it writes to standard error, appended. detach: it goes on when this process ends.
+    log: gets what it writes to standard error, appended. detach: it goes on when this process ends. processes: as many
+    workers on the same target, which torchrun starts, stops and watches.
     """
-    command = [sys.executable, "-m", settings.worker, kind, "-" if target is None else str(target)]
+    several = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    command = [sys.executable, "-m", *(several if processes > 1 else ()), settings.worker, kind]
+    command.append("-" if target is None else str(target))
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as log_file:
         process = subprocess.Popen(

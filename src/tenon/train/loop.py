@@ -38,7 +38,7 @@ _MIN_LOSS_SCALE = 1.0
 class Emit(Protocol):
     """Writes one event of the run."""
 
-    def __call__(self, kind: str, **fields: str | float | bool | None) -> object: ...
+    def __call__(self, kind: str, /, **fields: str | float | bool | None) -> object: ...
 
 
 class Checkpoints(Protocol):

@@ -50,8 +50,10 @@ _CHECKS = {
 class FakePipeline:
     """Stands in for `tenon.pipeline`."""
 
-    def train(self, run_folder: Path, _settings: Settings, /) -> None:
-        """Pretend to train the plan of a run folder; a stop is saved and can be resumed."""
+    def train(self, run_folder: Path, settings: Settings, /) -> None:
+        """Pretend to train the plan of a run folder; a stop is saved and can be resumed. Only the first rank does."""
+        if settings.rank:
+            return
         run = RunFolder.open(run_folder)
         plan = Plan.from_json(run.plan_json())
         with run.lock():
