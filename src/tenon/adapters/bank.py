@@ -91,7 +91,7 @@ class Slot:
 
     def matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
         """For each site its fp32 A (R, D) and B (O, R), views of the flat parameters."""
-        return {site: (p.a(self.parameters_P), p.b(self.parameters_P)) for site, p in self._places.items()}
+        return self.views(self.parameters_P)
 
     def site_gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
         """For each site the gradients of A and B, views of the flat gradient. Raises ValueError on an untrained
@@ -99,7 +99,11 @@ class Slot:
         """
         if self.gradients_P is None:
             raise ValueError(f"slot {self.name} is not trained")
-        return {site: (p.a(self.gradients_P), p.b(self.gradients_P)) for site, p in self._places.items()}
+        return self.views(self.gradients_P)
+
+    def views(self, flat_P: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """For each site A (R, D) and B (O, R) as views of a tensor that is laid out like the flat parameters."""
+        return {site: (p.a(flat_P), p.b(flat_P)) for site, p in self._places.items()}
 
     def refresh(self) -> None:
         """Bring the shadow copy in the compute dtype up to date; call after the parameters changed."""

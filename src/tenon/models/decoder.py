@@ -11,6 +11,7 @@ This module does not know losses, text, files, or how adapters are stored.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -98,6 +99,7 @@ class Decoder:
         self.kind: FrozenKind = kind
         self._fp8 = compute_fp8, fp8_twice
         self.fuse = can_fuse(device, dtype) if fuse is None else fuse
+        self._packs = True
         self._ride_rank = ride_rank if self.fuse and kind == "dense" and sharing is None else 0
         self._rider: tuple[int, int] | None = None
         self.embedding_VD = self._empty(facts.vocab, facts.hidden)
@@ -143,7 +145,7 @@ class Decoder:
     @property
     def attends_packed(self) -> bool:
         """Whether variable-length attention takes this decoder's heads: see `data.pack.PackOptions.packed`."""
-        return flash.fits(self.device, self.dtype, self.facts.head_dim)
+        return self._packs and flash.fits(self.device, self.dtype, self.facts.head_dim)
 
     @property
     def rotary_tables(self) -> tuple[Tensor, Tensor]:
@@ -154,6 +156,21 @@ class Decoder:
     def tile_tokens(self) -> int:
         """Tokens of a tile, as its fused kernels want them listed; 0 when none run."""
         return TILE if self.fuse else 0
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether it does anything by kernels of its own choice, which `plain` does by torch's ordinary operations."""
+        return self.fuse or self.attends_packed
+
+    def plain(self) -> Decoder:
+        """The same frozen weights, passed through in plain torch: what the fast path is held against."""
+        other = copy(self)
+        other.use_plain()
+        return other
+
+    def use_plain(self) -> None:
+        """From here on pass through in plain torch; batches must be packed anew."""
+        self.fuse, self._packs, self._ride_rank = False, False, 0
 
     # ---- weights in and out -------------------------------------------------------------------------------------
 
