@@ -29,6 +29,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tenon.kernels import blocks_triton as blocks
+from tenon.kernels import low_rank_gradient_triton as gradient
 from tenon.kernels import low_rank_triton as fused
 from tenon.kernels.dropout import dropout, keep_mask
 
@@ -156,15 +158,15 @@ def site_table(groups: Sequence[LoraGroup | None], device: torch.device) -> Tens
     Fields: A, its gradient, R, the dropout threshold, the bits of 1/(1-p), the salt; then for each of three modules B,
     its gradient, its rank, the place of its ranks, the bits of its scale.
     """
-    rows = [[0] * fused.FIELDS if group is None else _site_fields(group) for group in groups]
+    rows = [[0] * blocks.FIELDS if group is None else _site_fields(group) for group in groups]
     return torch.tensor(rows, dtype=torch.int64).to(device)
 
 
 def _site_fields(group: LoraGroup) -> list[int]:
-    fields = [0] * fused.FIELDS
+    fields = [0] * blocks.FIELDS
     grad_a = 0 if group.grad_a_RD is None else group.grad_a_RD.data_ptr()
     threshold = max(-(2**31), min(round(group.dropout * 2**32) - 2**31, 2**31 - 1))
-    fields[: fused.MEMBERS_AT] = [
+    fields[: blocks.MEMBERS_AT] = [
         group.a_RD.data_ptr(),
         grad_a,
         group.a_RD.shape[0],
@@ -173,7 +175,7 @@ def _site_fields(group: LoraGroup) -> list[int]:
         group.salt,
     ]
     for m in group.members:
-        at = fused.MEMBERS_AT + fused.MEMBER_FIELDS * m.index
+        at = blocks.MEMBERS_AT + blocks.MEMBER_FIELDS * m.index
         grad_b = 0 if m.grad_b_OR is None else m.grad_b_OR.data_ptr()
         rank = m.rank_stop - m.rank_start
         fields[at : at + 5] = [m.b_OR.data_ptr(), grad_b, rank, m.rank_start, _float_bits(m.scale)]
@@ -273,7 +275,7 @@ def project_back(dy_TO: Tensor, low: LowRank) -> Tensor:
 def add_gradient_b(dy_TO: Tensor, low_TW: Tensor, low: LowRank) -> None:
     """dB += s dy^T low, into each group's buffer, in fp32."""
     if low.routes is not None and low.table_SF is not None:
-        fused.add_gradient(dy_TO, low_TW, low.bounds, low.rank, low.routes, low.table_SF, inputs=False)
+        gradient.add_gradient(dy_TO, low_TW, low.bounds, low.rank, low.routes, low.table_SF, inputs=False)
         return
     for part in low.parts:
         rows = slice(part.start, part.stop)
@@ -287,7 +289,7 @@ def add_gradient_a(x_TD: Tensor, d_low_TW: Tensor, low: LowRank) -> None:
     """dA += d_low^T drop(x), into each group's buffer, in fp32."""
     if low.routes is not None and low.table_SF is not None:
         bounds = (0, x_TD.shape[1])
-        fused.add_gradient(x_TD, d_low_TW, bounds, low.width, low.routes, low.table_SF, inputs=True)
+        gradient.add_gradient(x_TD, d_low_TW, bounds, low.width, low.routes, low.table_SF, inputs=True)
         return
     for part in low.parts:
         if part.group.grad_a_RD is not None:

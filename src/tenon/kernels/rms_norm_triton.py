@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tenon.kernels.blocks_triton import FIELDS, TILE, input_block, member_block, padded_rank, tile_rows
 from tenon.kernels.gpu import jit, tl
 from tenon.kernels.low_rank import Routes, Sum, settle_if_long
-from tenon.kernels.low_rank_triton import FIELDS, TILE, input_block, member_block, padded_rank, tile_rows
 
 
 @jit

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tenon.kernels.blocks_triton import FIELDS, TILE, member_block, padded_rank, tile_rows
 from tenon.kernels.gpu import ceil_div, jit, power_of_two, tl
 from tenon.kernels.low_rank import Sum
-from tenon.kernels.low_rank_triton import FIELDS, TILE, member_block, padded_rank, tile_rows
 
 if TYPE_CHECKING:
     from tenon.kernels.rotary import HeadShape, Rotation

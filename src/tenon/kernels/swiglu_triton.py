@@ -15,17 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
+from tenon.kernels.blocks_triton import FIELDS, bits_to_float, keep
 from tenon.kernels.gpu import ceil_div, jit, power_of_two, tl
 from tenon.kernels.low_rank import Addend, Sum, add_gradient_a, add_gradient_b
-from tenon.kernels.low_rank_triton import (
-    FIELDS,
-    add_to_gradient,
-    bits_to_float,
-    gradient_facts,
-    keep,
-    partial_sums,
-    reduce_gradient,
-)
+from tenon.kernels.low_rank_gradient_triton import add_to_gradient, gradient_facts, partial_sums, reduce_gradient
 
 
 @jit

@@ -21,9 +21,9 @@ from torch.nn import functional
 
 from tenon.bases.facts import MODULE_PATHS, STACKS, ModelFacts
 from tenon.batch import Batch
+from tenon.kernels.blocks_triton import TILE
 from tenon.kernels.gpu import can_fuse
 from tenon.kernels.low_rank import LoraGroup, LowRank, Routes, Sum
-from tenon.kernels.low_rank_triton import TILE
 from tenon.kernels.nf4 import Nf4Weight
 from tenon.kernels.rms_norm import add_norm, add_norm_backward
 from tenon.kernels.rotary import HeadShape, Rotation

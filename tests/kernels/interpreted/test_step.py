@@ -18,7 +18,7 @@ from tenon.adapters.bank import AdapterBank
 from tenon.batch import NO_SLOT
 from tenon.data import pack
 from tenon.data.pack import PackOptions, PackRow, bare_row, pack_rows
-from tenon.kernels import low_rank, low_rank_triton, swiglu_triton
+from tenon.kernels import blocks_triton, low_rank, swiglu_triton
 from tenon.kernels.linear_cross_entropy import loss_and_gradient
 from tenon.models import decoder as decoders
 from tenon.models.decoder import Decoder
@@ -106,7 +106,7 @@ def test_fused_and_plain_steps_are_the_same(name: str, device: torch.device, mon
     monkeypatch.setattr(pack, "_WHOLE_TOKENS", case.chunk)
     monkeypatch.setattr(pack, "_CHUNKS", 2)
     monkeypatch.setattr(pack, "_CHUNK_TOKENS", 32)
-    monkeypatch.setattr(low_rank_triton, "MOST_RANK", case.most_rank)
+    monkeypatch.setattr(blocks_triton, "MOST_RANK", case.most_rank)
     monkeypatch.setattr(swiglu_triton, "_MOST_HELD", case.most_held)
     monkeypatch.setattr(decoders, "_RIDE_TOKENS", 1)
     monkeypatch.setattr(low_rank, "_LONG_TOKENS", 1 if case.ride else 10_000)
