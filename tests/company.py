@@ -55,7 +55,7 @@ def finish(company: list[BaseProcess], *, seconds: float = 60) -> float:
 def _rank(work: Work, folder: Path, number: int, count: int, *args: object) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), count)  # pyright: ignore[reportPrivateImportUsage]
-    ranks: Ranks = join(store, number, count, device=CPU, on_lost=lambda _error: os._exit(9))
+    ranks: Ranks = join(store, number, count, device=CPU, on_lost=lambda _error: os._exit(9), grace_seconds=2.0)
     found = work(ranks, *args)
     ranks.leave()
     torch.save(found, folder / f"{number}.pt")

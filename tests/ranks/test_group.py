@@ -29,15 +29,65 @@ def agree(ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def test_ranks_agree(tmp_path: Path) -> None:
-    found = together(agree, tmp_path, count=3)
-    assert [one["first"] for one in found] == [True, False, False]
-    for one in found:
-        assert one["largest"] == (2.0, 5.0)
-        assert one["sum"].tolist() == [6.0] * 3
-        assert one["whole"].tolist() == [7, 7, 7, 8, 8, 8, 9, 9, 9]
-        assert [(told["from"], told["n"]) for told in one["found"]] == [(0, 0), (0, 1), (0, 2)]
-        assert one["found"][0]["nan"] != one["found"][0]["nan"]
+def gives_up(ranks: Ranks) -> str:
+    """The first rank drops what it was to find, and one of the others does not even ask."""
+
+    def find() -> None:
+        raise KeyboardInterrupt
+
+    told: object = "did not ask"
+    try:
+        if ranks.number < 2:
+            told = ranks.first_finds(find)
+    except KeyboardInterrupt:
+        told = "gave up"
+    ranks.largest(1.0)
+    return f"{told}, then {ranks.first_finds(lambda: 'found')}"
+
+
+def in_order(ranks: Ranks, place: str) -> tuple[float, float]:
+    with ranks.first_goes_first():
+        began = time.time()
+        if ranks.first:
+            time.sleep(0.3)
+            Path(place).write_text("ready")
+        assert Path(place).read_text() == "ready"
+        return began, time.time()
+
+
+def story(ranks: Ranks, place: str) -> dict[str, Any]:
+    found = {"agree": agree(ranks), "gave up": gives_up(ranks), "order": in_order(ranks, place)}
+    ranks.leave()
+    return {**found, "left": (ranks.count, ranks.largest(float(ranks.number)), ranks.first_finds(lambda: ranks.number))}
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("company")
+    return together(story, folder, str(folder / "made"), count=3)
+
+
+def test_ranks_agree_and_move_tensors(three: list[dict[str, Any]]) -> None:
+    assert [one["agree"]["first"] for one in three] == [True, False, False]
+    for found in (one["agree"] for one in three):
+        assert found["largest"] == (2.0, 5.0)
+        assert found["sum"].tolist() == [6.0] * 3
+        assert found["whole"].tolist() == [7, 7, 7, 8, 8, 8, 9, 9, 9]
+        assert [(told["from"], told["n"]) for told in found["found"]] == [(0, 0), (0, 1), (0, 2)]
+        assert found["found"][0]["nan"] != found["found"][0]["nan"]
+
+
+def test_nobody_waits_for_a_first_that_gave_up(three: list[dict[str, Any]]) -> None:
+    assert [one["gave up"] for one in three] == ["gave up, then found", "None, then found", "did not ask, then found"]
+
+
+def test_the_others_enter_when_the_first_has_left(three: list[dict[str, Any]]) -> None:
+    first, second, third = (one["order"] for one in three)
+    assert min(second[0], third[0]) >= first[1]
+
+
+def test_who_has_left_is_alone(three: list[dict[str, Any]]) -> None:
+    assert [one["left"] for one in three] == [(1, (0.0,), 0), (1, (1.0,), 1), (1, (2.0,), 2)]
 
 
 def test_one_alone_is_its_own_company() -> None:
@@ -51,37 +101,16 @@ def test_one_alone_is_its_own_company() -> None:
         assert (ALONE.first, ALONE.count) == (True, 1)
 
 
-def in_order(ranks: Ranks, place: str) -> tuple[float, float]:
-    with ranks.first_goes_first():
-        began = time.time()
-        if ranks.first:
-            time.sleep(0.3)
-            Path(place).write_text("ready")
-        assert Path(place).read_text() == "ready"
-        return began, time.time()
-
-
-def test_the_others_enter_when_the_first_has_left(tmp_path: Path) -> None:
-    first, second, third = together(in_order, tmp_path / "work", str(tmp_path / "made"), count=3)
-    assert min(second[0], third[0]) >= first[1]
-
-
-def lonely(ranks: Ranks) -> tuple[int, tuple[float, ...]]:
-    ranks.leave()
-    return ranks.count, ranks.largest(float(ranks.number))
-
-
-def test_who_has_left_is_alone(tmp_path: Path) -> None:
-    assert together(lonely, tmp_path) == [(1, (0.0,)), (1, (1.0,))]
-
-
 def note(ranks: Ranks, folder: str, error: TenonError) -> None:
     (Path(folder) / f"error-{ranks.number}").write_text(f"{error.code}|{error.what}|{error.hint}")
 
 
-def loses_one(ranks: Ranks, folder: str, lost: int) -> None:
+def loses_one(ranks: Ranks, folder: str, word: bool) -> None:
+    """Rank 1 ends, with a word or without; rank 0 notices when they are to agree."""
     ranks.largest(1.0)
-    if ranks.number == lost:
+    if ranks.number == 1 and word:
+        ranks.part(DataError("data-row-broken", "rows.jsonl:3 is broken", hint="mend it"))
+    if ranks.number == 1:
         os._exit(17)
     try:
         for _ in range(1000):
@@ -91,55 +120,27 @@ def loses_one(ranks: Ranks, folder: str, lost: int) -> None:
         raise SystemExit(3) from error
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_lost_rank_ends_the_others_at_once(tmp_path: Path, lost: int) -> None:
-    company = start(loses_one, tmp_path, str(tmp_path), lost)
-    assert finish(company) < 40
-    assert [process.exitcode for process in company] == ([17, 3] if lost == 0 else [3, 17])
-    code, what, hint = (tmp_path / f"error-{1 - lost}").read_text().split("|")
-    assert (code, what) == ("train-rank-lost", "another rank of this run is gone")
-    assert "tenon resume RUN" in hint
-
-
-def says_why(ranks: Ranks, folder: str) -> None:
-    ranks.largest(1.0)
-    if ranks.number == 1:
-        ranks.say_why(DataError("data-row-broken", "rows.jsonl:3 is broken", hint="mend it"))
-        os._exit(1)
-    try:
-        ranks.largest(1.0)
-    except TenonError as error:
-        note(ranks, folder, error)
-
-
-def test_the_error_that_ended_a_rank_is_the_error_of_the_run(tmp_path: Path) -> None:
-    company = start(says_why, tmp_path, str(tmp_path))
-    finish(company)
-    assert (tmp_path / "error-0").read_text() == "data-row-broken|rank 1: rows.jsonl:3 is broken|mend it"
+@pytest.mark.parametrize("word", [False, True])
+def test_a_lost_rank_ends_the_others_with_its_error_or_one_of_their_own(tmp_path: Path, word: bool) -> None:
+    company = start(loses_one, tmp_path, str(tmp_path), word)
+    assert finish(company) < 30
+    assert [process.exitcode for process in company] == [3, 17]
+    code, what, hint = (tmp_path / "error-0").read_text().split("|")
+    if word:
+        assert (code, what, hint) == ("data-row-broken", "rank 1: rows.jsonl:3 is broken", "mend it")
+    else:
+        assert (code, what) == ("train-rank-lost", "another rank of this run is gone")
+        assert "tenon resume RUN" in hint
 
 
 def hangs(ranks: Ranks) -> None:
     ranks.largest(1.0)
-    if ranks.number == 1:
+    if ranks.number == 0:
         os._exit(17)
     time.sleep(600)
 
 
 def test_a_rank_that_hangs_while_another_is_gone_is_ended_from_outside(tmp_path: Path) -> None:
     company = start(hangs, tmp_path)
-    assert finish(company, seconds=60) < 40
-    assert [process.exitcode for process in company] == [9, 17]
-
-
-def gives_up(ranks: Ranks) -> object:
-    def find() -> object:
-        raise KeyboardInterrupt
-
-    try:
-        return ranks.first_finds(find)
-    except KeyboardInterrupt:
-        return "gave up"
-
-
-def test_nobody_waits_for_a_first_that_gave_up(tmp_path: Path) -> None:
-    assert together(gives_up, tmp_path) == ["gave up", None]
+    assert finish(company, seconds=60) < 30
+    assert [process.exitcode for process in company] == [17, 9]

@@ -48,8 +48,8 @@ def require_driver(record: MachineRecord, *, works: bool) -> None:
 def gpu_telemetry(run: RunFolder, plan: Plan, settings: Settings) -> GpuTelemetry:
     """The telemetry of a run; of one on a CPU it is silent. A run that a lost GPU leaves hanging ends, as failed."""
     return GpuTelemetry(
-        partial(open_nvml, settings.visible_devices) if plan.machine.device == "cuda" else None,
+        partial(open_nvml, settings.visible_devices, most=settings.ranks) if plan.machine.device == "cuda" else None,
         run.events,
-        UtilisationWatch(micro_tokens=plan.micro_tokens),
+        UtilisationWatch(micro_tokens=plan.keeping.micro_tokens),
         on_stuck=partial(end_as_failed, run.events),
     )

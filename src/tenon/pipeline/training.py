@@ -106,15 +106,16 @@ def _work(run: RunFolder, plan: Plan, settings: Settings, emit: Emit, stop: Stop
                     _write_reports(run, plan.slots, data)
             bench = _load(plan, folder, stop, ranks)
         # Where ranks hold parts of the base for each other, none may drop its work alone.
-        stop.at_once = not plan.devices.sharded
+        spread = plan.devices.sharded and ranks.count > 1
+        stop.at_once = not spread
         slots = [_make_slot(bench, slot, own) for slot, own in zip(plan.slots, data, strict=True)]
         trainer = _make_trainer(run, plan, bench, slots, data, emit, stop, ranks)
         trainer.resume()
         emit("phase", name="train", detail=", ".join(slot.name for slot in plan.slots))
         trainer.run()
-        if not plan.devices.sharded:
+        if not spread:
             ranks.leave()
-        if not plan.devices.sharded and not ranks.first:
+        if not spread and not ranks.first:
             return
         for training, own in zip(slots, data, strict=True):
             with stop.interruptible():
@@ -135,7 +136,7 @@ def _load(plan: Plan, folder: Path, stop: StopSignal, ranks: Ranks) -> Workbench
         frozen=plan.frozen,
         ride_rank=plan.slots[0].lora.rank if len(plan.slots) == 1 else 0,
         ranks=ranks,
-        sharing=Sharing(ranks, stop) if plan.devices.sharded else None,
+        sharing=Sharing(ranks, stop) if plan.devices.sharded and ranks.count > 1 else None,
     )
 
 

@@ -10,6 +10,7 @@ This module does not know what is trained, nor how the processes are started.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -237,8 +238,7 @@ class Group:
         except RuntimeError:
             word = None
         if word is None or word["rank"] == self.number:
-            lines = str(error).strip().splitlines()
-            return rank_lost("another rank of this run is gone", got=lines[0][:200] if lines else type(error).__name__)
+            return rank_lost("another rank of this run is gone", got=_first_sentence(error))
         what = f"rank {word['rank']}: {word['what']}"
         return error_of(word["code"], what, got=word["got"], hint=word["hint"])
 
@@ -264,12 +264,18 @@ ALONE: Ranks = Alone()
 
 
 def join(
-    store: Store, number: int, count: int, *, device: torch.device, on_lost: Callable[[TenonError], None]
+    store: Store,
+    number: int,
+    count: int,
+    *,
+    device: torch.device,
+    on_lost: Callable[[TenonError], None],
+    grace_seconds: float = 10.0,
 ) -> Group:
     """Meet the other ranks at a store. Returns when all are there.
 
     device: what this rank computes on. on_lost: called from another thread when a rank is gone and this one has not
-    noticed; it has to end the process. Raises TrainError train-rank-lost when not all came.
+    left by itself within grace_seconds; it has to end the process. Raises TrainError train-rank-lost when not all came.
     """
     try:
         dist.init_process_group(
@@ -281,11 +287,17 @@ def join(
             movers = dist.new_group(backend="nccl", timeout=MOVE_PATIENCE)
         assert isinstance(movers, dist.ProcessGroup)
     except RuntimeError as error:
-        raise rank_lost(
-            "the ranks of this run did not find each other", got=str(error).splitlines()[0][:200]
-        ) from error
-    watch = RankWatch(store, number, count, on_lost=lambda who: on_lost(rank_lost(f"{who} is gone")))
+        raise rank_lost("the ranks of this run did not find each other", got=_first_sentence(error)) from error
+    watch = RankWatch(
+        store, number, count, on_lost=lambda who: on_lost(rank_lost(f"{who} is gone")), grace_seconds=grace_seconds
+    )
     return Group(PrefixStore("tenon", store), number, count, movers=movers, watch=watch)
+
+
+def _first_sentence(error: RuntimeError) -> str:
+    """What torch says first, without the place in its own source."""
+    words = re.sub(r"^\[[^\]]*\] ", "", str(error).strip())
+    return re.split(r"\. |\n", words, maxsplit=1)[0][:200] or type(error).__name__
 
 
 def rank_device(kind: str, ranks: Ranks) -> torch.device:

@@ -16,21 +16,23 @@ import psutil
 from torch.distributed.distributed_c10d import Store
 
 _POLL_SECONDS = 0.25
-# What the loop may take to notice a loss by itself, and to leave with its error.
-GRACE_SECONDS = 10.0
 _PARTING_SECONDS = 5.0
 
 
 class RankWatch:
     """Watches from its making until `stop`."""
 
-    def __init__(self, store: Store, number: int, count: int, *, on_lost: Callable[[str], None]) -> None:
-        """on_lost: told who is gone, in words; it has to end the process."""
+    def __init__(
+        self, store: Store, number: int, count: int, *, on_lost: Callable[[str], None], grace_seconds: float
+    ) -> None:
+        """on_lost: told who is gone, in words; it has to end the process. grace_seconds: what the loop may take to
+        notice a loss by itself, and to leave with its error.
+        """
         store.set(f"process-{number}", str(os.getpid()))
         others = [other for other in range(count) if other != number]
         # Each rank's key is waited for: all are starting, or have met already.
         self._others = {f"rank {n}": _process(int(store.get(f"process-{n}"))) for n in others}
-        self._parent, self._on_lost = os.getppid(), on_lost
+        self._parent, self._on_lost, self._grace_seconds = os.getppid(), on_lost, grace_seconds
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="rank-watch", daemon=True)
         self._thread.start()
@@ -53,7 +55,7 @@ class RankWatch:
                 self._on_lost("the process that started the ranks")
             gone = [name for name, process in self._others.items() if process is None or not _lives(process)]
             if gone:
-                if not self._over.wait(GRACE_SECONDS):
+                if not self._over.wait(self._grace_seconds):
                     self._on_lost(gone[0])
                 return
 

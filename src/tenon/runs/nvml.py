@@ -90,8 +90,8 @@ class GpuSensor(Protocol):
         ...
 
 
-def open_nvml(visible_devices: str | None) -> GpuSensor:
-    """The GPUs that `visible_devices` (CUDA_VISIBLE_DEVICES; None: all) leaves visible.
+def open_nvml(visible_devices: str | None, *, most: int | None = None) -> GpuSensor:
+    """The GPUs that `visible_devices` (CUDA_VISIBLE_DEVICES; None: all) leaves visible, the first `most` of them.
 
     Raises RunError run-no-telemetry when there is no NVML, no driver, or no GPU.
     """
@@ -110,7 +110,7 @@ def open_nvml(visible_devices: str | None) -> GpuSensor:
         else:
             hint = "check that `nvidia-smi` lists the GPUs; in a container, start it with --gpus all"
         raise _no_telemetry(str(error), hint=hint) from error
-    places = visible_places(list(enumerate(uuids)), visible_devices)
+    places = visible_places(list(enumerate(uuids)), visible_devices)[:most]
     if not places:
         pynvml.nvmlShutdown()
         raise _no_telemetry("no GPU is visible", hint="unset CUDA_VISIBLE_DEVICES, or name a GPU that exists")
