@@ -18,10 +18,12 @@ from tenon.data.pack import PackRow
 from tenon.models.decoder import Decoder
 from tenon.models.frozen import FrozenKind
 from tenon.models.load import read_tensors
+from tenon.models.shards import Sharing
 from tenon.plan.values import OptimizerPlan
+from tenon.ranks.group import ALONE, Ranks
 from tenon.train.graph import StepGraphs
 from tenon.train.optimizers import SlotOptimizer
-from tenon.train.step import StepOptions, WindowLoss, accumulate_window
+from tenon.train.step import StepOptions, WindowLoss, accumulate_window, add_up
 
 ROPE_THETA = 500_000.0
 _WEIGHT_DEVIATION = 0.02
@@ -60,9 +62,11 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def random_decoder(facts: ModelFacts, base: BaseFormat, device: torch.device, *, ride_rank: int = 0) -> Decoder:
-    """Random weights, made where they stay. ride_rank: see `Decoder`."""
-    decoder = empty_decoder(facts, base, compute_dtype(device), device, ride_rank=ride_rank)
+def random_decoder(
+    facts: ModelFacts, base: BaseFormat, device: torch.device, *, ride_rank: int = 0, sharing: Sharing | None = None
+) -> Decoder:
+    """Random weights, made where they stay. ride_rank, sharing: see `Decoder`."""
+    decoder = empty_decoder(facts, base, compute_dtype(device), device, ride_rank=ride_rank, sharing=sharing)
     torch.manual_seed(0)
     for name, place in decoder.places().items():
         fresh = torch.empty(place.shape, dtype=decoder.dtype, device=device)
@@ -80,11 +84,25 @@ def folder_decoder(
 
 
 def empty_decoder(
-    facts: ModelFacts, base: BaseFormat, dtype: torch.dtype, device: torch.device, *, ride_rank: int = 0
+    facts: ModelFacts,
+    base: BaseFormat,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    ride_rank: int = 0,
+    sharing: Sharing | None = None,
 ) -> Decoder:
     """A decoder to be filled, its linear weights in the base's format."""
     kind, compute_fp8 = _KINDS[base]
-    return Decoder(facts, dtype=dtype, device=device, kind=kind, compute_fp8=compute_fp8, ride_rank=ride_rank)
+    return Decoder(
+        facts,
+        dtype=dtype,
+        device=device,
+        kind=kind,
+        compute_fp8=compute_fp8,
+        ride_rank=ride_rank,
+        sharing=sharing,
+    )
 
 
 def plain_decoder(weights: Decoder) -> Decoder:
@@ -114,10 +132,13 @@ def adamw(lr: float) -> OptimizerPlan:
     )
 
 
-def step_options(rows: int, row_tokens: int, memory_gb: float | None) -> StepOptions:
-    """How a window is cut and what is kept for its backward. memory_gb: None for all that is free."""
+def step_options(rows: int, row_tokens: int, memory_gb: float | None, *, recompute: bool = False) -> StepOptions:
+    """How a window is cut and what is kept for its backward. memory_gb: None for all that is free.
+
+    recompute: keep each layer's input alone.
+    """
     del memory_gb  # nothing decides by it yet
-    return StepOptions(micro_tokens=max(1, rows * row_tokens), share_prefix=True, recompute=False)
+    return StepOptions(micro_tokens=max(1, rows * row_tokens), share_prefix=True, recompute=recompute)
 
 
 def _graphs_failed(reason: str) -> None:
@@ -127,15 +148,26 @@ def _graphs_failed(reason: str) -> None:
 class Stepper:
     """Whole optimiser steps over a decoder and the slots of a bank. optimizers: by slot number."""
 
-    def __init__(self, decoder: Decoder, bank: AdapterBank, rates: Mapping[int, float], options: StepOptions) -> None:
-        """rates: the learning rate of each slot."""
-        self._decoder, self._bank, self._options = decoder, bank, options
+    def __init__(
+        self,
+        decoder: Decoder,
+        bank: AdapterBank,
+        rates: Mapping[int, float],
+        options: StepOptions,
+        *,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """rates: the learning rate of each slot. ranks: who shares the steps."""
+        self._decoder, self._bank, self._options, self._ranks = decoder, bank, options, ranks
         self._graphs = StepGraphs(decoder, on_failure=_graphs_failed)
         self.optimizers = {number: SlotOptimizer(bank.slots[number], adamw(lr)) for number, lr in rates.items()}
 
     def gradient(self, rows: Sequence[PackRow]) -> dict[int, WindowLoss]:
         """Add up the window's gradient in the slots."""
-        return accumulate_window(self._decoder, self._bank, rows, self._options, graphs=self._graphs)
+        losses = accumulate_window(
+            self._decoder, self._bank, rows, self._options, graphs=self._graphs, ranks=self._ranks
+        )
+        return add_up(losses, [optimizer.gradients_P for optimizer in self.optimizers.values()], self._ranks)
 
     def update(self, factor: float = 1.0) -> None:
         """Clip and apply each slot's gradient."""
