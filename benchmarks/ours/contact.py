@@ -5,9 +5,11 @@ A random decoder is made on the device, without files; a step is the product's o
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import psutil
 import torch
 
 from benchmarks.gpu.works import BaseFormat, Shape, Spec
@@ -17,11 +19,17 @@ from tenon.bases.read import folder_facts
 from tenon.data.pack import PackRow
 from tenon.models.decoder import Decoder
 from tenon.models.frozen import FrozenKind
+from tenon.models.layer import Keep
 from tenon.models.load import read_tensors
 from tenon.models.shards import Sharing
-from tenon.plan.values import OptimizerPlan
+from tenon.plan.activations import Pass, adapted
+from tenon.plan.fit import host_room_bytes
+from tenon.plan.keeping import Steps, choose_keeping, describe_use, may_keep
+from tenon.plan.time import flops_per_token
+from tenon.plan.values import Frozen, MachineFacts, OptimizerPlan
 from tenon.ranks.group import ALONE, Ranks
 from tenon.train.graph import StepGraphs
+from tenon.train.memory import LIBRARY_BYTES, GpuMemory, Limits, layer_keeps, room_of
 from tenon.train.optimizers import SlotOptimizer
 from tenon.train.step import StepOptions, WindowLoss, accumulate_window, add_up
 
@@ -132,13 +140,60 @@ def adamw(lr: float) -> OptimizerPlan:
     )
 
 
-def step_options(rows: int, row_tokens: int, memory_gb: float | None, *, recompute: bool = False) -> StepOptions:
-    """How a window is cut and what is kept for its backward. memory_gb: None for all that is free.
+def step_options(tokens: int, keep: tuple[Keep, ...] = ()) -> StepOptions:
+    """So many tokens at once. keep: what each layer keeps, everything when it is empty."""
+    return StepOptions(micro_tokens=max(1, tokens), share_prefix=True, keep=keep)
 
-    recompute: keep each layer's input alone.
-    """
-    del memory_gb  # nothing decides by it yet
-    return StepOptions(micro_tokens=max(1, rows * row_tokens), share_prefix=True, recompute=recompute)
+
+def fitted_options(decoder: Decoder, bank: AdapterBank, spec: Spec) -> StepOptions:
+    """As the product chooses by the memory that the work may use, or that is free; on a CPU everything is kept."""
+    row_tokens = spec.row_tokens or 512  # of banking77's rows none has as many
+    step_tokens = spec.rows * row_tokens
+    if decoder.device.type == "cpu":
+        return step_options(step_tokens)
+    sites = [{site: at.rank for site, at in slot.shape.sites.items()} for slot in bank.slots.values()]
+    kind, compute_fp8 = _KINDS[spec.base]
+    fp8 = kind == "fp8"
+    steps = Steps(
+        of=Pass(
+            decoder.facts,
+            adapted(sites, dropout=False),
+            "cuda",
+            "bf16",
+            Frozen(format=kind, fp8_compute=fp8 or compute_fp8, fp8_twice=fp8),
+        ),
+        machine=_machine(decoder.device),
+        longest_tokens=row_tokens,
+        step_tokens=step_tokens,
+        row_tokens=row_tokens,
+        token_flops=flops_per_token(decoder.facts, lora_parameters=0, row_tokens=row_tokens, supervised_share=1.0),
+        levels=may_keep("auto", "cuda"),
+    )
+    limit = None if spec.memory_gb is None else round(spec.memory_gb * 1e9)
+    limits = Limits(limit, host_room_bytes(steps.machine))
+    # AdamW makes both moments with its first step.
+    coming = sum(8 * slot.parameters_P.numel() for slot in bank.slots.values())
+    room = room_of(GpuMemory(decoder.device), limits, coming_bytes=coming, libraries_bytes=LIBRARY_BYTES)
+    chosen = choose_keeping(steps, room)
+    used = torch.cuda.memory_allocated(decoder.device) + coming + chosen.peak_bytes
+    print(describe_use(chosen.keeping, used, limit or used), file=sys.stderr)
+    return step_options(chosen.keeping.micro_tokens, layer_keeps(chosen.keeping, decoder.facts.layers))
+
+
+def _machine(device: torch.device) -> MachineFacts:
+    free, _ = torch.cuda.mem_get_info(device)
+    return MachineFacts(
+        device="cuda",
+        device_name=torch.cuda.get_device_name(device),
+        device_count=1,
+        device_memory_bytes=free,
+        host_memory_bytes=psutil.virtual_memory().available,
+        cores=1,
+        threads=1,
+        bf16=True,
+        free_disk_bytes=0,
+        capability=torch.cuda.get_device_capability(device),
+    )
 
 
 def _graphs_failed(reason: str) -> None:
@@ -185,9 +240,7 @@ def build(spec: Spec) -> Callable[[Sequence[PackRow]], float]:
     else:
         decoder = random_decoder(facts_of(Shape(**spec.shape)), spec.base, device, ride_rank=ride_rank)  # pyright: ignore[reportArgumentType]
     bank = make_bank(decoder, spec.ranks, range(len(spec.ranks)))
-    longest = spec.row_tokens or 512  # of banking77's rows none has as many
-    options = step_options(spec.rows, longest, spec.memory_gb)
-    stepper = Stepper(decoder, bank, dict.fromkeys(bank.slots, 1e-4), options)
+    stepper = Stepper(decoder, bank, dict.fromkeys(bank.slots, 1e-4), fitted_options(decoder, bank, spec))
 
     def step(rows: Sequence[PackRow]) -> float:
         losses = stepper.gradient(rows)

@@ -94,7 +94,7 @@ def train(decoder: Decoder, references: dict[str, Decoder], rows: Sequence[Row],
     slots = spec.slots
     bank = make_bank(decoder, [spec.rank] * len(slots), [seed for _, seed in slots])
     rates = {number: lr for number, (lr, _) in enumerate(slots)}
-    stepper = Stepper(decoder, bank, rates, step_options(1, MICRO_TOKENS, None))
+    stepper = Stepper(decoder, bank, rates, step_options(MICRO_TOKENS))
     losses: list[list[float]] = [[] for _ in slots]
     cosines: dict[str, Any] = {}
     checked = {check - 1 for check in (*spec.checks, spec.steps) if check <= spec.steps}
@@ -120,7 +120,7 @@ def against(bank: AdapterBank, reference: Decoder, rows: Sequence[PackRow], spec
     for number, slot in plain.slots.items():
         slot.parameters_P.copy_(bank.slots[number].parameters_P)
         slot.refresh()
-    Stepper(reference, plain, dict.fromkeys(plain.slots, 0.0), step_options(1, MICRO_TOKENS, None)).gradient(rows)
+    Stepper(reference, plain, dict.fromkeys(plain.slots, 0.0), step_options(MICRO_TOKENS)).gradient(rows)
     found: dict[str, float] = {}
     for number, slot in plain.slots.items():
         ours = bank.slots[number].site_gradients()

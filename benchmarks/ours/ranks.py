@@ -21,6 +21,7 @@ from benchmarks.gpu.rows import drawn_window
 from benchmarks.ours.contact import Stepper, facts_of, make_bank, random_decoder, step_options
 from benchmarks.ours.step import deal
 from tenon.data.pack import PackRow
+from tenon.models.layer import Keep
 from tenon.models.shards import Sharing
 from tenon.ranks.group import ALONE, Ranks, join
 from tenon.settings import read_settings
@@ -46,7 +47,8 @@ def measure(work: RanksWork, ranks: Ranks, device: torch.device) -> dict[str, An
     decoder = random_decoder(
         facts_of(work.shape), "bf16", device, ride_rank=0 if work.spread else work.rank, sharing=sharing
     )
-    options = step_options(work.batch_rows, work.row_tokens, None, recompute=work.recompute)
+    keep = (Keep.INPUT,) * work.shape.layers if work.recompute else ()
+    options = step_options(work.batch_rows * work.row_tokens, keep)
 
     def stepper(company: Ranks) -> Callable[[Sequence[PackRow]], float]:
         made = Stepper(decoder, make_bank(decoder, [work.rank], [0]), {0: 1e-4}, options, ranks=company)

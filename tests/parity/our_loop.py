@@ -29,7 +29,7 @@ def train_slots(
     optimizers = {number: SlotOptimizer(bank.slots[number], plan) for number, plan in plans.items()}
     losses: dict[int, list[float]] = {number: [] for number in plans}
     for window, factor in zip(windows, factors, strict=True):
-        for number, found in accumulate_window(decoder, bank, window, StepOptions(micro_tokens, True, False)).items():
+        for number, found in accumulate_window(decoder, bank, window, StepOptions(micro_tokens, True)).items():
             losses[number].append(found.loss)
             optimizers[number].clip()
             optimizers[number].step(factor)

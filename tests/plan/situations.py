@@ -45,6 +45,17 @@ LLAMA_8B = ModelFacts(
     rotary_layers=(True,) * 32,
     window_layers=(0,) * 32,
 )
+LLAMA_1B = LLAMA_8B.model_copy(
+    update={
+        "layers": 16,
+        "hidden": 2048,
+        "head_dim": 64,
+        "feed_forward": 8192,
+        "tied_head": True,
+        "rotary_layers": (True,) * 16,
+        "window_layers": (0,) * 16,
+    }
+)
 
 CPU = MachineFacts(
     device="cpu",

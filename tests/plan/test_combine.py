@@ -35,7 +35,7 @@ def test_one_plan_stays_itself() -> None:
 def test_the_longest_row_of_any_slot_fits() -> None:
     a = plan_of("data.max_tokens=4000", file="a.yaml")
     b = plan_of("data.max_tokens=100", "batch.micro_tokens=500", file="b.yaml")
-    assert combine([a, b]).micro_tokens == 4000
+    assert combine([a, b]).keeping.micro_tokens == 4000
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from tenon.errors import PlanError, RecipeError
 from tenon.plan.decide import decide
-from tenon.plan.memory import activation_bytes_per_token, adapter_parameters
+from tenon.plan.keeping import computed_twice
+from tenon.plan.memory import adapter_parameters
 from tenon.plan.size import DataSize, count_steps
 from tenon.plan.time import flops_per_token
-from tenon.plan.values import BatchPlan, LimitsPlan, MachineFacts, Plan
+from tenon.plan.values import BatchPlan, Keeping, LimitsPlan, MachineFacts, Plan
 from tenon.recipe.defaults import DEFAULTS, DERIVED
 from tenon.recipe.schema import leaf_fields
 
@@ -126,7 +127,7 @@ def test_any_sensible_recipe_is_planned(rank: int, rows: int, epochs: float, kin
     assert 0 < estimate.train_rows <= size.rows
     assert estimate.memory_bytes < CPU.host_memory_bytes
     assert 0 <= slot.schedule.warmup + slot.schedule.decay <= 1
-    assert plan.micro_tokens >= slot.data.max_tokens
+    assert plan.keeping.micro_tokens >= slot.data.max_tokens
 
 
 # --- device and precision
@@ -271,32 +272,64 @@ def with_memory(gigabytes: float) -> MachineFacts:
 LONG = DataSize(rows=1000, mean_tokens=900.0, longest_tokens=2000, exact=True)
 
 
-def test_recompute_only_when_it_does_not_fit_otherwise() -> None:
-    assert not plan_of(size=LONG, machine=with_memory(16)).recompute
+def test_layers_are_computed_again_only_when_it_does_not_fit_otherwise() -> None:
+    assert plan_of(size=LONG, machine=with_memory(16)).keeping.counts == (30, 0, 0, 0)
     plan = plan_of(size=LONG, machine=with_memory(2.5))
-    assert plan.recompute
-    assert any("without recompute" in rejection.what for rejection in plan.rejected)
-    assert not plan_of("checkpointing=none", size=LONG, machine=with_memory(16)).recompute
-    assert plan_of("checkpointing=full", size=LONG, machine=with_memory(16)).recompute
+    assert 0 < plan.keeping.all_layers < 30 and plan.keeping.host_layers == 0
+    assert plan.estimate.memory_bytes < 0.9 * 2.5 * GB
+    found = choice(plan, "checkpointing")
+    assert found.value == "some layers" and f"keeps everything of {plan.keeping.all_layers} layers" in found.reason
+    everything = next(one for one in plan.rejected if one.what == "keeping everything of all layers")
+    assert everything.reason.startswith("needs about ")
+    assert plan_of("checkpointing=none", size=LONG, machine=with_memory(16)).keeping.counts == (30, 0, 0, 0)
+    full = plan_of("checkpointing=full", size=LONG, machine=with_memory(16))
+    assert full.keeping.counts == (0, 0, 30, 0) and full.may_keep == ("input",)
+    assert full.estimate.seconds > plan.estimate.seconds > plan_of(size=LONG).estimate.seconds
 
 
 def test_p28_a_run_that_will_not_fit_is_refused_with_what_would_fit() -> None:
     error = refused("checkpointing=none", size=LONG, machine=with_memory(2.5))
     assert error.code == "plan-memory"
-    assert "what would fit: checkpointing=full" in error.hint
-    error = refused(size=LONG, machine=with_memory(1.9))
+    assert "what would fit: checkpointing=auto" in error.hint
+    error = refused(size=LONG, machine=with_memory(1.65))
     assert error.hint.startswith("what would fit: precision=bf16 or data.max_tokens=")
     for remedy in error.hint.removeprefix("what would fit: ").split(" or "):
-        fitting = plan_of(*remedy.split(), size=LONG, machine=with_memory(1.9))
-        assert fitting.estimate.memory_bytes < 0.9 * 1.9 * GB
+        fitting = plan_of(*remedy.split(), size=LONG, machine=with_memory(1.65))
+        assert fitting.estimate.memory_bytes < 0.9 * 1.65 * GB
     error = refused(size=LONG, machine=with_memory(0.5))
     assert "smaller base" in error.hint
+
+
+def test_a_memory_of_its_own() -> None:
+    """The fastest way within it; on a GPU what CUDA itself takes comes on top."""
+    plan = plan_of("memory=2.2 GB", size=LONG, machine=with_memory(16))
+    assert plan.memory_limit_bytes == 2_200_000_000 >= plan.estimate.memory_bytes
+    assert plan.keeping.all_layers < 30
+    found = choice(plan, "memory")
+    assert (found.value, found.origin) == ("2.2 GB", "command line")
+    assert f"about {plan.estimate.memory_bytes / 1e9:.1f} GB of 2.2 GB" in found.reason
+    assert plan_of().memory_limit_bytes is None and plan_of("memory=auto").memory_limit_bytes is None
+    assert choice(plan_of(), "memory").value == "14.4 GB"
+    error = refused("memory=1.5 GB", size=LONG, machine=with_memory(16))
+    assert error.code == "plan-memory" and "1.5 GB may be used" in error.what
+    assert error.hint.startswith("what would fit: memory=auto or ")
+    # No limit makes more memory of what there is.
+    assert refused("memory=8 GB", size=LONG, machine=with_memory(0.5)).code == "plan-memory"
+    limited = plan_of("memory=20 GB", facts=LLAMA_8B, machine=H100, size=LONG, text=SMALL)
+    assert 19 * GB < limited.estimate.memory_bytes <= 21.2 * GB
+
+
+@pytest.mark.parametrize("written", ["8", "0 GB", "lots", "8600000000"])
+def test_a_memory_without_a_unit_is_refused(written: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(SMALL, f'memory="{written}"')
+    assert caught.value.code == "recipe-bad-value" and "memory" in caught.value.what
 
 
 def test_p28_an_8b_base_on_a_small_gpu() -> None:
     error = refused("precision.base=same", facts=LLAMA_8B, machine=T4)
     assert error.code == "plan-memory"
-    assert "base 16.1 GB" in error.got
+    assert "base 16.3 GB" in error.got
     assert "what would fit: precision.base=nf4" in error.hint
 
 
@@ -307,9 +340,6 @@ def test_p23_room_for_checkpoints_is_checked_at_planning() -> None:
 
 
 def test_memory_terms_agree_with_figures_measured_elsewhere() -> None:
-    # An 8B base leaves about 3 MB a token without recompute when only what is needed is saved.
-    assert 3.0e6 < activation_bytes_per_token(LLAMA_8B, 0, "bf16", recompute=False, layers=32) < 4.6e6
-    assert activation_bytes_per_token(LLAMA_8B, 0, "bf16", recompute=True, layers=32) < 0.6e6
     plan = plan_of("data.max_tokens=2048", facts=LLAMA_8B, machine=H100, size=LONG)
     assert 16 * GB < plan.estimate.memory_bytes < 72 * GB
 
@@ -321,10 +351,13 @@ def test_layers_below_the_first_adapted_one_cost_half() -> None:
 
 
 def test_flops_agree_with_the_count_by_hand() -> None:
-    flops = flops_per_token(LLAMA_8B, lora_parameters=0, row_tokens=2048, supervised_share=1.0, recompute=False)
+    flops = flops_per_token(LLAMA_8B, lora_parameters=0, row_tokens=2048, supervised_share=1.0)
     assert flops == pytest.approx(32.2e9, rel=0.02)
-    again = flops_per_token(LLAMA_8B, lora_parameters=0, row_tokens=2048, supervised_share=1.0, recompute=True)
-    assert again == pytest.approx(46.7e9, rel=0.02)
+    # The forward pass again, without the product with down: 46.7e9 would be all of it.
+    again = computed_twice(LLAMA_8B, 2048, Keeping(micro_tokens=1, all_layers=0, input_layers=32))
+    assert flops + again == pytest.approx(46.7e9 - 32 * 2 * 14_336 * 4096, rel=0.02)
+    half = computed_twice(LLAMA_8B, 2048, Keeping(micro_tokens=1, all_layers=16, most_layers=16))
+    assert half == 16 * 2 * 2 * 14_336 * 4096
 
 
 def test_trainable_parameters_are_counted_exactly() -> None:

@@ -63,6 +63,9 @@ def test_every_slot_of_a_run_is_shown() -> None:
     ]
 
 
-def test_recompute_is_said() -> None:
-    notes = [row.note for row in plan_rows(plan_of("checkpointing=full")) if row.what == "tokens at once"]
-    assert notes == ["every layer computed again in the backward pass"]
+def test_what_layers_keep_is_said() -> None:
+    def note(*overrides: str) -> str:
+        return next(row.note for row in plan_rows(plan_of(*overrides)) if row.what == "tokens at once")
+
+    assert note("checkpointing=full") == "30 layers computed again"
+    assert note() == "keeps everything, computes nothing twice"

@@ -75,7 +75,7 @@ def test_fp8_is_kept_twice_where_there_is_room() -> None:
     assert plan.frozen == FP8_ONCE
     assert "transposed for each backward" in choice(plan, "precision.base").reason
     # Rather than computing anything twice, the second copy is given up.
-    assert not large("precision.base=fp8", machine=of(H100, 32)).recompute
+    assert large("precision.base=fp8", machine=of(H100, 32)).keeping.counts == (32, 0, 0, 0)
 
 
 def test_bf16_sets_the_compute_format_too() -> None:

@@ -14,7 +14,7 @@ from tenon.train.graph import StepGraphs, is_launch_bound
 from tenon.train.step import StepOptions, coefficients, gradient_of, supervised_count
 from tests.tiny import CPU, random_slot, slot_shape, tiny_decoder
 
-OPTIONS = StepOptions(4096, share_prefix=False, recompute=False)
+OPTIONS = StepOptions(4096, share_prefix=False)
 
 
 def window(lengths: list[int], slots: int) -> list[PackRow]:

@@ -362,12 +362,12 @@ def test_p02_the_last_shorter_window_is_divided_by_its_own_tokens(tmp_path: Path
     assert len(rows) == 2
     total, count = 0.0, 0
     for row in rows:
-        found = accumulate_window(decoder, bank, [row], StepOptions(64, share_prefix=False, recompute=False))[0]
+        found = accumulate_window(decoder, bank, [row], StepOptions(64, share_prefix=False))[0]
         total, count = total + found.loss * found.supervised_tokens, count + found.supervised_tokens
     assert last["supervised_tokens"] == count
     assert last["loss"] == pytest.approx(total / count, rel=1e-5)
     gradient = again.slot.gradients_P
     assert gradient is not None
     gradient.zero_()
-    accumulate_window(decoder, bank, rows, StepOptions(64, share_prefix=False, recompute=False))
+    accumulate_window(decoder, bank, rows, StepOptions(64, share_prefix=False))
     assert last["grad_norm"] == pytest.approx(float(gradient.norm()), rel=1e-5)

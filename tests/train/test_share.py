@@ -20,7 +20,7 @@ from tests.company import together
 from tests.tiny import tiny_decoder
 from tests.train.test_step import bank_of, gradients, rows_of
 
-OPTIONS = StepOptions(micro_tokens=60, share_prefix=True, recompute=False)
+OPTIONS = StepOptions(micro_tokens=60, share_prefix=True)
 
 
 def row_of(length: int, slot: int = 0) -> PackRow:

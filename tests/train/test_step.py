@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tenon.adapters.bank import AdapterBank
 from tenon.data.pack import PackRow
 from tenon.models.decoder import Decoder
+from tenon.models.layer import Keep
 from tenon.train.step import StepOptions, accumulate_window, supervised_count
 from tests.tiny import CPU, random_slot, slot_shape, tiny_decoder
 
@@ -56,9 +57,9 @@ def test_p01_any_split_of_a_window_gives_the_same_gradient(micro: int, seed: int
     decoder = tiny_decoder()
     bank = bank_of(1, decoder)
     rows = rows_of(0, 12, seed)
-    whole = accumulate_window(decoder, bank, rows, StepOptions(100_000, False, False))
+    whole = accumulate_window(decoder, bank, rows, StepOptions(100_000, False))
     expected = gradients(bank)[0]
-    split = accumulate_window(decoder, bank, rows, StepOptions(micro, share, False))
+    split = accumulate_window(decoder, bank, rows, StepOptions(micro, share))
     torch.testing.assert_close(gradients(bank)[0], expected, rtol=0, atol=1e-6)
     assert split[0].loss == pytest.approx(whole[0].loss, rel=1e-5)
 
@@ -73,8 +74,8 @@ def test_p01_the_loss_is_the_mean_over_supervised_tokens_not_over_rows() -> None
         PackRow(0, short, np.array([False, False, True])),
         PackRow(0, long, np.array([False] + [True] * 20)),
     ]
-    both = accumulate_window(decoder, bank, rows, StepOptions(8, False, False))[0]
-    one, other = (accumulate_window(decoder, bank, [r], StepOptions(99, False, False))[0] for r in rows)
+    both = accumulate_window(decoder, bank, rows, StepOptions(8, False))[0]
+    one, other = (accumulate_window(decoder, bank, [r], StepOptions(99, False))[0] for r in rows)
     assert (one.supervised_tokens, other.supervised_tokens, both.supervised_tokens) == (1, 20, 21)
     assert both.loss == pytest.approx((one.loss + 20 * other.loss) / 21, rel=1e-6)
 
@@ -86,10 +87,10 @@ def test_p06_slots_trained_together_get_the_gradients_of_each_alone(seed: int, m
     bank = bank_of(4, decoder)
     rows = [row for slot in range(4) for row in rows_of(slot, 3 + slot, seed + slot)]
     np.random.default_rng(seed).shuffle(rows)  # type: ignore[arg-type]
-    together_losses = accumulate_window(decoder, bank, rows, StepOptions(micro, True, False))
+    together_losses = accumulate_window(decoder, bank, rows, StepOptions(micro, True))
     together = gradients(bank)
     for slot in range(4):
-        alone = accumulate_window(decoder, bank, [r for r in rows if r.slot == slot], StepOptions(9999, True, False))
+        alone = accumulate_window(decoder, bank, [r for r in rows if r.slot == slot], StepOptions(9999, True))
         own = gradients(bank)[slot]
         assert float((together[slot] - own).abs().max()) <= 1e-5 * float(own.abs().max())
         assert together_losses[slot].loss == pytest.approx(alone[slot].loss, rel=1e-5)
@@ -99,7 +100,7 @@ def test_a_window_with_nothing_supervised_gives_zero_and_no_gradient() -> None:
     decoder = tiny_decoder()
     bank = bank_of(1, decoder)
     rows = [PackRow(0, np.array([3, 4, 5]), np.zeros(3, dtype=bool))]
-    assert accumulate_window(decoder, bank, rows, StepOptions(99, False, False))[0].loss == 0.0
+    assert accumulate_window(decoder, bank, rows, StepOptions(99, False))[0].loss == 0.0
     assert not gradients(bank)[0].any()
 
 
@@ -111,9 +112,9 @@ def test_recomputed_layers_give_the_same_gradient() -> None:
     decoder = tiny_decoder()
     bank = bank_of(2, decoder)
     rows = rows_of(0, 5, 3) + rows_of(1, 5, 4)
-    accumulate_window(decoder, bank, rows, StepOptions(200, True, False))
+    accumulate_window(decoder, bank, rows, StepOptions(200, True))
     expected = gradients(bank)
-    accumulate_window(decoder, bank, rows, StepOptions(200, True, True))
+    accumulate_window(decoder, bank, rows, StepOptions(200, True, (Keep.INPUT,) * decoder.facts.layers))
     for number, gradient in gradients(bank).items():
         torch.testing.assert_close(gradient, expected[number], rtol=0, atol=0)
 
@@ -124,6 +125,6 @@ def test_bf16_gradients_point_the_same_way() -> None:
     rows = rows_of(0, 8, 5)
     found = []
     for decoder, bank in zip((exact, rounded), banks, strict=True):
-        accumulate_window(decoder, bank, rows, StepOptions(9999, True, False))
+        accumulate_window(decoder, bank, rows, StepOptions(9999, True))
         found.append(gradients(bank)[0])
     assert torch.cosine_similarity(found[0], found[1], dim=0) > 0.995

@@ -203,5 +203,5 @@ def make_trainer(
     every: int = 0,
     scale: float = 1.0,
 ) -> Trainer:
-    options = StepOptions(micro_tokens=64, share_prefix=True, recompute=False, loss_scale=scale)
+    options = StepOptions(micro_tokens=64, share_prefix=True, loss_scale=scale)
     return Trainer(decoder, bank, slots, options=options, checkpoint_every=every, ports=ports.ports())

@@ -32,6 +32,7 @@ from tenon.runs.trackers import open_trackers
 from tenon.settings import Settings
 from tenon.train.interrupt import StopNow, StopSignal
 from tenon.train.loop import RunPorts, Trainer
+from tenon.train.memory import layer_keeps
 from tenon.train.optimizers import SlotOptimizer
 from tenon.train.slot import SlotTraining
 from tenon.train.step import StepOptions
@@ -179,11 +180,12 @@ def _make_trainer(
         SharedCheckpoints(run.checkpoints, ranks),
     )
     scale = _FP16_LOSS_SCALE if plan.precision == "fp16" else 1.0
+    keep = layer_keeps(plan.keeping, plan.base.facts.layers)
     return Trainer(
         bench.decoder,
         bench.bank,
         slots,
-        options=StepOptions(plan.micro_tokens, plan.share_prefix, plan.recompute, scale),
+        options=StepOptions(plan.keeping.micro_tokens, plan.share_prefix, keep, scale),
         checkpoint_every=plan.checkpoint.every,
         ports=RunPorts(emit, checkpoints, validator, stop, plan.base.spec, ranks),
     )

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tenon.errors import PlanError
 from tenon.plan.devices import rank_machine
-from tenon.plan.fit import check_disk, usable_bytes
-from tenon.plan.memory import Shape, memory_terms
-from tenon.plan.values import CheckpointPlan, Choice, DevicesPlan, Estimate, Frozen, Plan
+from tenon.plan.fit import Tried, check_disk, load_of, search, usable_bytes
+from tenon.plan.values import LEVELS, CheckpointPlan, Choice, DevicesPlan, Estimate, Frozen, Level, Plan
 from tenon.units import format_bytes
 
 
@@ -35,17 +35,14 @@ def combine(plans: Sequence[Plan]) -> Plan:
             f"two recipes are named {repeated[0]}: adapters of one run need names of their own",
             hint="set name in one of the recipes",
         )
-    longest = max(slot.data.max_tokens for slot in slots)
-    micro_tokens = max(longest, min(plan.micro_tokens for plan in plans))
-    recompute = any(plan.recompute for plan in plans)
     checkpoint = CheckpointPlan(
         every=min((plan.checkpoint.every for plan in plans if plan.checkpoint.every), default=0),
         keep=max(plan.checkpoint.keep for plan in plans),
     )
     combined = first.model_copy(
         update={
-            "recompute": recompute,
-            "micro_tokens": micro_tokens,
+            "may_keep": _may_keep(plans),
+            "memory_limit_bytes": _limit(plans),
             "fp8_twice": _frozen(plans).fp8_twice,
             "devices": _devices(plans),
             "share_prefix": all(plan.share_prefix for plan in plans),
@@ -53,13 +50,15 @@ def combine(plans: Sequence[Plan]) -> Plan:
             "checkpoint": checkpoint,
             "run_folder": _run_folder(plans),
             "trackers": tuple(dict.fromkeys(name for plan in plans for name in plan.trackers)),
-            "estimate": _estimate(plans, micro_tokens=micro_tokens, recompute=recompute),
             "choices": tuple(_own(choice, plan) for plan in plans for choice in plan.choices),
             "rejected": tuple(dict.fromkeys(rejection for plan in plans for rejection in plan.rejected)),
         }
     )
-    _check_fits(combined)
-    return combined
+    fit = _fit(combined, plans)
+    estimate = _estimate(plans, memory_bytes=fit.total_bytes)
+    need_bytes = (checkpoint.keep + 2) * estimate.checkpoint_bytes
+    check_disk(first.machine, need_bytes, keep=checkpoint.keep, folder=combined.run_folder)
+    return combined.model_copy(update={"keeping": fit.chosen.keeping, "estimate": estimate})
 
 
 def _run_folder(plans: Sequence[Plan]) -> str:
@@ -78,6 +77,7 @@ def _check_shared(first: Plan, other: Plan) -> None:
         ("device", first.machine.device, other.machine.device),
         ("precision", first.precision, other.precision),
         ("precision.base", _base_words(first), _base_words(other)),
+        *([] if set(first.may_keep) & set(other.may_keep) else [("checkpointing", "none", "full")]),
     ):
         if a != b:
             raise PlanError(
@@ -104,26 +104,44 @@ def _devices(plans: Sequence[Plan]) -> DevicesPlan:
     )
 
 
-def _check_fits(plan: Plan) -> None:
-    usable = usable_bytes(rank_machine(plan.machine, plan.devices.count))
-    if plan.estimate.memory_bytes > usable:
-        raise PlanError(
-            "plan-memory",
-            f"{len(plan.slots)} adapters together need about {format_bytes(plan.estimate.memory_bytes)} and "
-            f"{format_bytes(usable)} may be used",
-            hint="train fewer of them at once",
-        )
-    need_bytes = (plan.checkpoint.keep + 2) * plan.estimate.checkpoint_bytes
-    check_disk(plan.machine, need_bytes, keep=plan.checkpoint.keep, folder=plan.run_folder)
+def _may_keep(plans: Sequence[Plan]) -> tuple[Level, ...]:
+    """What every recipe leaves open."""
+    return tuple(level for level in LEVELS if all(level in plan.may_keep for plan in plans))
 
 
-def _estimate(plans: Sequence[Plan], *, micro_tokens: int, recompute: bool) -> Estimate:
+def _limit(plans: Sequence[Plan]) -> int | None:
+    return min((plan.memory_limit_bytes for plan in plans if plan.memory_limit_bytes), default=None)
+
+
+def _fit(combined: Plan, plans: Sequence[Plan]) -> Tried:
+    """How all of them fit together, every slot's rows in one stream. Raises PlanError plan-memory."""
+    longest = max(slot.data.max_tokens for slot in combined.slots)
+    asked = [plan.keeping.micro_tokens for plan in plans if _is_asked(plan, "batch.micro_tokens")]
+    step_tokens = sum(plan.estimate.train_tokens / plan.estimate.steps for plan in plans)
+    load = replace(
+        load_of(combined, longest_tokens=longest, step_tokens=step_tokens),
+        machine=rank_machine(combined.machine, combined.devices.count),
+        micro_tokens=max(longest, min(asked)) if asked else None,
+    )
+    best, too_large = search(load)
+    if best is not None:
+        return best
+    need_bytes = min(tried.total_bytes for tried in too_large)
+    raise PlanError(
+        "plan-memory",
+        f"{len(plans)} adapters together need about {format_bytes(need_bytes)} and "
+        f"{format_bytes(usable_bytes(load.machine, load.limit_bytes))} may be used",
+        hint="train fewer of them at once",
+    )
+
+
+def _is_asked(plan: Plan, key: str) -> bool:
+    return any(choice.key == key and choice.origin not in ("default", "derived") for choice in plan.choices)
+
+
+def _estimate(plans: Sequence[Plan], *, memory_bytes: int) -> Estimate:
     """The base counts once, adapters add up, and every slot's tokens go through the base."""
     first, estimates = plans[0], [plan.estimate for plan in plans]
-    slots = [(slot.lora, slot.optimizer) for plan in plans for slot in plan.slots]
-    devices = _devices(plans)
-    shards = devices.count if devices.sharded else 1
-    shape = Shape(first.machine.device, first.precision, micro_tokens, recompute, _frozen(plans), shards)
     trainable = sum(estimate.trainable_parameters for estimate in estimates)
     return Estimate(
         trainable_parameters=trainable,
@@ -132,7 +150,7 @@ def _estimate(plans: Sequence[Plan], *, micro_tokens: int, recompute: bool) -> E
         train_tokens=sum(estimate.train_tokens for estimate in estimates),
         steps=max(estimate.steps for estimate in estimates),
         exact_steps=all(estimate.exact_steps for estimate in estimates),
-        memory_bytes=sum(term.size_bytes for term in memory_terms(first.base.facts, slots, shape)),
+        memory_bytes=memory_bytes,
         seconds=sum(estimate.seconds for estimate in estimates),
         checkpoint_bytes=sum(estimate.checkpoint_bytes for estimate in estimates),
     )

@@ -12,7 +12,8 @@ from tenon.bases.facts import ModelFacts
 from tenon.errors import PlanError
 from tenon.plan.choices import Choices
 from tenon.plan.devices import StepFacts, candidate_counts, decide_devices, rank_machine, step_seconds
-from tenon.plan.fit import Fit, Load, check_disk, find_fit
+from tenon.plan.fit import Fit, Load, check_disk, find_fit, usable_bytes
+from tenon.plan.keeping import computed_twice, describe, describe_use, may_keep
 from tenon.plan.memory import adapter_parameters, checkpoint_bytes, gradient_bytes, trained_layers
 from tenon.plan.precision import base_formats, decide_compute, explain_base
 from tenon.plan.size import DataSize, count_steps, rows_per_step
@@ -48,7 +49,7 @@ from tenon.plan.values import (
     SlotPlan,
 )
 from tenon.recipe.load import Loaded
-from tenon.units import format_bytes, format_share
+from tenon.units import format_bytes, format_share, format_tokens, parse_bytes
 
 CHECKPOINT_SECONDS = 300.0
 
@@ -101,8 +102,9 @@ def decide(loaded: Loaded, *, base: BasePlan, machine: MachineFacts, data_size: 
         loaded, choices, parts, base.facts, machine=machine, precision=precision, formats=formats, size=data_size
     )
     machine = rank_machine(machine, work.devices.count) if machine.device == "cuda" else machine
-    explain_base(loaded, choices, work.fit.frozen, facts=base.facts, machine=machine)
-    _explain_fit(loaded, choices, work.fit)
+    frozen = work.fit.best.frozen
+    explain_base(loaded, choices, frozen, facts=base.facts, machine=machine)
+    _explain_fit(loaded, choices, work.fit, machine)
     slot = _slot(loaded, choices, parts, work, name=name, seed=seed)
     checkpoint = _checkpoint(loaded, choices, work)
     run_folder = _run_folder(loaded, choices, name)
@@ -112,12 +114,13 @@ def decide(loaded: Loaded, *, base: BasePlan, machine: MachineFacts, data_size: 
         base=base,
         machine=machine,
         precision=precision,
-        base_format=work.fit.frozen.format,
-        fp8_compute=work.fit.frozen.fp8_compute,
-        fp8_twice=work.fit.frozen.fp8_twice,
+        base_format=frozen.format,
+        fp8_compute=frozen.fp8_compute,
+        fp8_twice=frozen.fp8_twice,
         devices=work.devices,
-        recompute=work.fit.recompute,
-        micro_tokens=work.fit.micro_tokens,
+        keeping=work.fit.keeping,
+        may_keep=may_keep(recipe.checkpointing or "auto", machine.device),
+        memory_limit_bytes=_memory_limit(loaded),
         share_prefix=_share_prefix(choices, parts.lora.dropout),
         slots=(slot,),
         checkpoint=checkpoint,
@@ -146,6 +149,13 @@ def _work(
     step_rows = rows_per_step(batch, row_tokens)
     step_tokens = step_rows * row_tokens
     counts = candidate_counts(loaded, machine)
+    token_flops = flops_per_token(
+        facts,
+        lora_parameters=adapter_parameters(facts, parts.lora),
+        row_tokens=row_tokens,
+        supervised_share=size.supervised_share,
+        trained_share=trained_layers(facts, parts.lora) / facts.layers,
+    )
     fit = find_fit(
         Load(
             facts=facts,
@@ -154,29 +164,28 @@ def _work(
             precision=precision,
             longest_tokens=min(size.longest_tokens or data.max_tokens, data.max_tokens),
             step_tokens=step_tokens / counts[0],
+            row_tokens=row_tokens,
+            token_flops=token_flops,
             micro_tokens=loaded.recipe.batch.micro_tokens,
-            recompute={"full": True, "none": False}.get(loaded.recipe.checkpointing or "auto"),
+            levels=may_keep(loaded.recipe.checkpointing or "auto", machine.device),
             formats=formats,
             shards=tuple(sorted({1, *counts})),
+            limit_bytes=_memory_limit(loaded),
         )
     )
-    token_flops = flops_per_token(
-        facts,
-        lora_parameters=adapter_parameters(facts, parts.lora),
-        row_tokens=row_tokens,
-        supervised_share=size.supervised_share,
-        recompute=fit.recompute,
-        trained_share=trained_layers(facts, parts.lora) / facts.layers,
-    )
     step = StepFacts(
-        step_rows, step_tokens, token_flops, gradient_bytes(facts, parts.lora), min(fit.micro_tokens, step_tokens)
+        rows=step_rows,
+        tokens=step_tokens,
+        token_flops=token_flops + computed_twice(facts, row_tokens, fit.keeping),
+        gradient_bytes=gradient_bytes(facts, parts.lora),
+        batch_tokens=min(fit.keeping.micro_tokens, step_tokens),
     )
 
     def seconds_on(devices: DevicesPlan) -> float:
-        return step_seconds(devices, step, facts, machine, precision=precision, frozen=fit.frozen)
+        return step_seconds(devices, step, facts, machine, precision=precision, frozen=fit.best.frozen)
 
     devices = decide_devices(
-        loaded, choices, machine, counts=counts, shards=fit.shards, step_rows=step_rows, seconds=seconds_on
+        loaded, choices, machine, counts=counts, shards=fit.best.shards, step_rows=step_rows, seconds=seconds_on
     )
     seconds = seconds_on(devices)
     return Work(
@@ -223,7 +232,7 @@ def _estimate(choices: Choices, facts: ModelFacts, slot: SlotPlan, work: Work) -
         train_tokens=round(work.steps * work.step_tokens),
         steps=work.steps,
         exact_steps=work.exact,
-        memory_bytes=work.fit.total_bytes,
+        memory_bytes=work.fit.best.total_bytes,
         seconds=work.steps * work.step_seconds + _validation_seconds(slot, work),
         checkpoint_bytes=checkpoint_bytes(facts, slot.lora, slot.optimizer),
     )
@@ -255,28 +264,50 @@ def _device(loaded: Loaded, choices: Choices, machine: MachineFacts) -> MachineF
     )
 
 
-def _explain_fit(loaded: Loaded, choices: Choices, fit: Fit) -> None:
-    recipe = loaded.recipe
+def _memory_limit(loaded: Loaded) -> int | None:
+    """What the recipe allows the run; None for all that is free."""
+    asked = loaded.recipe.memory
+    return None if asked is None or asked == "auto" else parse_bytes(asked)
+
+
+def _explain_fit(loaded: Loaded, choices: Choices, fit: Fit, machine: MachineFacts) -> None:
+    """Record what was chosen, and what was too large for it."""
+    recipe, keeping, best = loaded.recipe, fit.keeping, fit.best
+    limit_bytes = _memory_limit(loaded)
+    usable = usable_bytes(machine, limit_bytes)
+    used = describe_use(keeping, best.total_bytes, usable)
+    if limit_bytes is None:
+        choices.derived("memory", None, format_bytes(usable), used)
+    else:
+        choices.said("memory", recipe.memory, used)
     choices.derived(
-        "batch.micro_tokens",
-        recipe.batch.micro_tokens,
-        fit.micro_tokens,
-        f"about {format_bytes(fit.total_bytes)} in all",
+        "batch.micro_tokens", recipe.batch.micro_tokens, keeping.micro_tokens, "the fastest of what fits in memory"
     )
     asked = recipe.checkpointing if recipe.checkpointing != "auto" else None
-    reason = "it does not fit otherwise" if fit.recompute else "it fits without, and computes nothing twice"
-    choices.derived("checkpointing", asked, "full" if fit.recompute else "none", reason)
-    for frozen in dict.fromkeys(tried.frozen for tried in fit.too_large if tried.frozen != fit.frozen):
-        need_bytes = min(tried.size_bytes for tried in fit.too_large if tried.frozen == frozen)
+    inner = keeping.input_layers + keeping.host_layers
+    whole = "none" if not inner + keeping.most_layers else "full" if inner == sum(keeping.counts) else "some layers"
+    reason = "all fits, and nothing is computed twice" if whole == "none" else describe(keeping)
+    choices.derived("checkpointing", asked, whole, reason)
+    _reject_larger(choices, fit)
+
+
+def _reject_larger(choices: Choices, fit: Fit) -> None:
+    best, too_large = fit.best, fit.too_large
+    for frozen in dict.fromkeys(tried.frozen for tried in too_large if tried.frozen != best.frozen):
+        need_bytes = min(tried.total_bytes for tried in too_large if tried.frozen == frozen)
         kept = "unquantised" if frozen.format == "dense" else f"in {frozen.format}{', twice' * frozen.fp8_twice}"
         choices.reject(f"a base {kept}", f"needs about {format_bytes(need_bytes)}")
-    for shards in dict.fromkeys(t.shards for t in fit.too_large if t.frozen == fit.frozen and t.shards != fit.shards):
-        need_bytes = min(t.size_bytes for t in fit.too_large if t.frozen == fit.frozen and t.shards == shards)
-        where = "the whole base on each device" if shards == 1 else f"the base spread over {shards} devices"
-        choices.reject(where, f"each needs about {format_bytes(need_bytes)}")
-    for tried in (tried for tried in fit.too_large if tried.frozen == fit.frozen and tried.shards == fit.shards):
-        how = "with recompute" if tried.recompute else "without recompute"
-        choices.reject(f"{tried.micro_tokens} tokens at once {how}", f"needs about {format_bytes(tried.size_bytes)}")
+    for tried in (tried for tried in too_large if tried.frozen == best.frozen):
+        where = "the whole base on each device" if tried.shards == 1 else f"the base spread over {tried.shards} devices"
+        choices.reject(where, f"each needs about {format_bytes(tried.total_bytes)}")
+    if fit.whole_bytes > best.total_bytes:
+        choices.reject("keeping everything of all layers", f"needs about {format_bytes(fit.whole_bytes)}")
+    if fit.larger is not None:
+        found = fit.larger.chosen
+        slower = f"slower: {describe(found.keeping)}"
+        too_much = f"needs about {format_bytes(fit.larger.total_bytes)} at least"
+        what = f"{format_tokens(found.keeping.micro_tokens)} at once"
+        choices.reject(what, slower if found.fits else too_much)
 
 
 def _share_prefix(choices: Choices, dropout: float) -> bool:

@@ -9,6 +9,7 @@ from collections import Counter
 from typing import Literal
 
 from tenon.bases.facts import MODULE_PATHS, parse_site
+from tenon.plan.keeping import describe
 from tenon.plan.values import Choice, Plan, SlotPlan
 from tenon.recipe.load import Loaded
 from tenon.recipe.schema import leaf_fields
@@ -63,12 +64,12 @@ def _run_rows(plan: Plan) -> list[PlanRow]:
     facts, machine = plan.base.facts, plan.machine
     built = f"{facts.family}, {format_short(facts.parameters)} parameters, {facts.layers} layers"
     memory = f"{format_bytes(machine.device_memory_bytes)} may be used, {machine.threads} threads"
-    twice = "every layer computed again in the backward pass" if plan.recompute else "nothing computed twice"
+    keeping = plan.keeping
     return [
         PlanRow(group="run", what="base", value=plan.base.spec, note=built),
         PlanRow(group="run", what="device", value=_devices(plan), note=f"{machine.device_name}, {memory}"),
         PlanRow(group="run", what="precision", value=_precision(plan), note="the adapter itself is fp32"),
-        PlanRow(group="run", what="tokens at once", value=format_count(plan.micro_tokens), note=twice),
+        PlanRow(group="run", what="tokens at once", value=format_count(keeping.micro_tokens), note=describe(keeping)),
         PlanRow(group="run", what="run folder", value=plan.run_folder),
     ]
 

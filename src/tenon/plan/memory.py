@@ -1,7 +1,6 @@
-"""A first estimate of memory, term by term, before anything is loaded. Rough: the allocator's own losses are a guess.
+"""What a run holds as long as it trains: base, adapters, the process. `activations` has what a step needs beside.
 
-Shape legend: T tokens at once, D hidden, H query heads, K key/value heads, E head dimension, F feed-forward, R rank.
-Pure: knows no tensors.
+Shape legend: R rank. Pure: knows no tensors.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tenon.bases.facts import ModelFacts, parse_site
+from tenon.bases.facts import STACKS, ModelFacts, parse_site
 from tenon.plan.values import Frozen, LoraPlan, OptimizerPlan, Precision
 
 PRECISION_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -21,22 +20,10 @@ PLAIN_DEQUANTISED_BYTES = 16
 STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "sgd": 0}
 # The process itself: Python and torch, or the CUDA context and its libraries.
 PROCESS_BYTES = {"cpu": 600_000_000, "cuda": 1_200_000_000}
-# One chunk of logits and its gradient, fp32.
-LOGITS_BYTES = 2 * 128 * 1024 * 1024
+# Borders have room for whole sixteens of ranks, and rows begin at whole lines of 64 elements.
+_BORDER_RANKS, _LINE = 16, 64
 # Share of what may be used that a plan may fill; the rest is fragmentation and the operating system.
 USABLE_SHARE = 0.9
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What memory depends on, beside the base and the slots. shards: devices that the base is spread over."""
-
-    device: str
-    precision: Precision
-    tokens_at_once: int
-    recompute: bool
-    frozen: Frozen
-    shards: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +46,7 @@ def gradient_bytes(facts: ModelFacts, lora: LoraPlan) -> int:
 
 def checkpoint_bytes(facts: ModelFacts, lora: LoraPlan, optimizer: OptimizerPlan) -> int:
     """Adapter and optimiser state of one slot on disk."""
-    return adapter_parameters(facts, lora) * (4 + _state_bytes(optimizer)) + 100_000
+    return adapter_parameters(facts, lora) * (4 + state_bytes(optimizer)) + 100_000
 
 
 def trained_layers(facts: ModelFacts, lora: LoraPlan) -> int:
@@ -67,30 +54,9 @@ def trained_layers(facts: ModelFacts, lora: LoraPlan) -> int:
     return facts.layers - min(parse_site(site)[0] for site in lora.sites)
 
 
-def activation_bytes_per_token(
-    facts: ModelFacts, sites_rank: int, precision: Precision, *, recompute: bool, layers: int
-) -> int:
-    """What one token leaves behind for the backward pass of the last `layers` layers.
-
-    A layer keeps both norms' inputs and outputs (4 D), q and the attention output (2 H E), k and v (2 K E), gate, up
-    and their product (3 F); and A x of each adapted matrix. With recompute: each layer's input, and one layer in full.
-    """
-    layer = 4 * facts.hidden + 2 * facts.heads * facts.head_dim + 2 * facts.kv_heads * facts.head_dim
-    layer += 3 * facts.feed_forward
-    kept = layers * facts.hidden + layer + sites_rank / layers if recompute else layers * layer + sites_rank
-    # The backward pass holds the gradients of one layer's widest tensors beside what was kept.
-    return round((kept + 3 * facts.feed_forward + 2 * facts.hidden) * PRECISION_BYTES[precision])
-
-
 def stack_shapes(facts: ModelFacts) -> tuple[tuple[int, int], ...]:
     """(out, in) of the frozen matrices as they are multiplied: q, k, v stacked; o; gate, up stacked; down."""
-    query, kv = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
-    return (
-        (query + 2 * kv, facts.hidden),
-        (facts.hidden, query),
-        (2 * facts.feed_forward, facts.hidden),
-        (facts.hidden, facts.feed_forward),
-    )
+    return tuple(facts.stack_shape(stack) for stack in STACKS)
 
 
 def layer_bytes(facts: ModelFacts, precision: Precision, frozen: Frozen) -> int:
@@ -119,30 +85,44 @@ def dequantised_bytes(facts: ModelFacts, device: str, precision: Precision, froz
     return max(outputs * inputs for outputs, inputs in stack_shapes(facts)) * weight_bytes
 
 
-def memory_terms(
-    facts: ModelFacts, slots: Sequence[tuple[LoraPlan, OptimizerPlan]], shape: Shape
+def border_bytes(facts: ModelFacts, precision: Precision, rank: int) -> int:
+    """What the borders take in which one slot rides: see `models.frozen.DenseLinear`."""
+    more = 0
+    for stack, modules in STACKS.items():
+        outputs, inputs = facts.stack_shape(stack)
+        border = _multiple(len(modules) * rank, _BORDER_RANKS)
+        more += (outputs + border) * _multiple(inputs + border, _LINE) - outputs * inputs
+    return more * facts.layers * PRECISION_BYTES[precision]
+
+
+def resident_terms(
+    facts: ModelFacts,
+    slots: Sequence[tuple[LoraPlan, OptimizerPlan]],
+    *,
+    device: str,
+    precision: Precision,
+    frozen: Frozen,
+    shards: int = 1,
 ) -> tuple[MemoryTerm, ...]:
-    """Every part of the estimate, largest meanings first."""
-    width = PRECISION_BYTES[shape.precision]
-    sites_rank = max(lora.rank * len(lora.sites) for lora, _ in slots)
-    layers = max(trained_layers(facts, lora) for lora, _ in slots)
-    per_token = activation_bytes_per_token(facts, sites_rank, shape.precision, recompute=shape.recompute, layers=layers)
-    shadow = 0 if shape.precision == "fp32" else width
+    """What a run holds as long as it trains, beside what a step needs (`activations`). shards: see `base_bytes`."""
+    base = base_bytes(facts, precision, frozen, shards)
+    if device == "cuda" and precision != "fp32" and frozen.format == "dense" and shards == len(slots) == 1:
+        base += border_bytes(facts, precision, slots[0][0].rank)
+    shadow = 0 if precision == "fp32" else PRECISION_BYTES[precision]
     adapters = sum(
-        adapter_parameters(facts, lora) * (4 + 4 + _state_bytes(optimizer) + shadow) for lora, optimizer in slots
+        adapter_parameters(facts, lora) * (4 + 4 + state_bytes(optimizer) + shadow) for lora, optimizer in slots
     )
     return (
-        MemoryTerm(
-            "base" if shape.shards == 1 else f"1/{shape.shards} of the base",
-            base_bytes(facts, shape.precision, shape.frozen, shape.shards),
-        ),
-        MemoryTerm("a dequantised weight", dequantised_bytes(facts, shape.device, shape.precision, shape.frozen)),
+        MemoryTerm("base" if shards == 1 else f"1/{shards} of the base", base),
         MemoryTerm("adapters, gradients, optimiser", adapters),
-        MemoryTerm("activations", per_token * shape.tokens_at_once),
-        MemoryTerm("logits", LOGITS_BYTES),
-        MemoryTerm("process", PROCESS_BYTES[shape.device]),
+        MemoryTerm("process", PROCESS_BYTES[device]),
     )
 
 
-def _state_bytes(optimizer: OptimizerPlan) -> int:
+def state_bytes(optimizer: OptimizerPlan) -> int:
+    """What an optimiser keeps of a parameter."""
     return 4 if optimizer.kind == "sgd" and optimizer.momentum else STATE_BYTES[optimizer.kind]
+
+
+def _multiple(count: int, of: int) -> int:
+    return -(-count // of) * of

@@ -49,18 +49,17 @@ def flops_per_token(
     lora_parameters: int,
     row_tokens: float,
     supervised_share: float,
-    recompute: bool,
     trained_share: float = 1.0,
 ) -> float:
     """FLOP of one trained token: 4 N_lin + 4 N_head (labelled tokens) + 6 N_lora + attention, forward and backward.
 
-    Attention is causal: 4 (s/2) H L forward, 2.5 times that backward. A recompute adds 2 N_lin and the attention again.
+    Attention is causal: 4 (s/2) H L forward, 2.5 times that backward.
     trained_share: layers from the first adapted one on; nothing goes back through those below.
     """
     attention = 2.0 * row_tokens * facts.heads * facts.head_dim * facts.layers
     forward = 2.0 * facts.linear_parameters + attention
     backward = 2.0 * facts.linear_parameters + 2.5 * attention
-    flops = forward + trained_share * (backward + (forward if recompute else 0.0))
+    flops = forward + trained_share * backward
     return flops + 4.0 * supervised_share * facts.vocab * facts.hidden + 6.0 * lora_parameters
 
 

@@ -14,6 +14,9 @@ from tenon.bases.facts import ModelFacts
 from tenon.values import Value
 
 Precision = Literal["fp32", "bf16", "fp16"]
+# What a layer leaves behind for its backward pass, most memory first: see `models.layer.Keep`, whose values these are.
+Level = Literal["all", "most", "input", "host"]
+LEVELS: tuple[Level, ...] = ("all", "most", "input", "host")
 BaseFormat = Literal["dense", "fp8", "int8", "nf4"]
 Origin = Literal["recipe", "command line", "default", "derived", "alias"]
 
@@ -221,11 +224,10 @@ class SlotPlan(Value):
 
 
 class Keeping(Value):
-    """What the recorded layers keep for the way back (`plan.activations.LEVELS`), and how much is computed at once.
+    """What layers keep for the way back, and how much is computed at once.
 
-    Layers of each level, those that keep least lie lowest: all: everything; most: not gate and up, which are computed
-    again; input: only the layer's input; host: that, in the host's memory. Layers below the lowest adapted one keep
-    nothing and are not counted. micro_tokens: most tokens of a batch.
+    all_layers … host_layers: how many layers there are of each of LEVELS; those that keep least lie lowest. Layers
+    below the lowest adapted one keep nothing and are not counted. micro_tokens: most tokens of a batch.
     """
 
     micro_tokens: int
@@ -238,6 +240,12 @@ class Keeping(Value):
     def counts(self) -> tuple[int, int, int, int]:
         """Layers of each level, most memory first."""
         return self.all_layers, self.most_layers, self.input_layers, self.host_layers
+
+    def levels(self, layers: int) -> tuple[Level, ...]:
+        """Of each of a base's layers, from the first on; of those that keep nothing, the first of LEVELS."""
+        kept = [*zip(LEVELS, self.counts, strict=True), (LEVELS[0], layers - sum(self.counts))]
+        # From the highest layer down; what nobody keeps lies at the bottom.
+        return tuple(level for level, count in reversed(kept) for _ in range(count))
 
 
 class CheckpointPlan(Value):
@@ -264,7 +272,9 @@ class Estimate(Value):
 class Plan(Value):
     """One run: one base, one machine, one or more slots. precision: of activations, norms, embeddings and head.
 
-    base_format, fp8_compute, fp8_twice: see `Frozen`.
+    base_format, fp8_compute, fp8_twice: see `Frozen`. may_keep: what `keeping` may be changed to when memory turns out
+    to be other than planned. memory_limit_bytes: what the run may take of the device's memory, beside CUDA's own; None
+    for all that is free.
     """
 
     version: Literal[1] = 1
@@ -275,8 +285,9 @@ class Plan(Value):
     fp8_compute: bool = False
     fp8_twice: bool = False
     devices: DevicesPlan = DevicesPlan()
-    recompute: bool
-    micro_tokens: int
+    keeping: Keeping
+    may_keep: tuple[Level, ...]
+    memory_limit_bytes: int | None = None
     share_prefix: bool
     slots: tuple[SlotPlan, ...]
     checkpoint: CheckpointPlan

@@ -134,7 +134,7 @@ _schedule = _one_of(
     "num_cycles says more (write schedule.kind: cosine_restarts and schedule.cycles); warmup_stable_decay counts its "
     "decay in steps (write schedule.kind: wsd and schedule.decay); a lowest rate is schedule.floor",
 )
-_recompute = _one_of({True: "full", False: "none"}, "only true and false mean the same: nothing is offloaded here")
+_recompute = _one_of({True: "full", False: "none"}, "only true and false mean the same: `memory` decides what is put into the host")
 
 ALIASES: tuple[Alias, ...] = (
     Alias("base_model", (AXOLOTL,), "base"),

@@ -77,7 +77,8 @@ DERIVED: dict[str, str] = {
     "lora.alpha": "2 x rank",
     "optimizer.lr": "about ten times that of full fine-tuning: 1e-3 below 0.5B parameters, 5e-4 below 3B, 2e-4 above; "
     "for `sgd` a hundred times that",
-    "batch.micro_tokens": "what fits in memory, at most 2048 on a CPU and 16384 on a GPU, at least the longest row",
+    "batch.micro_tokens": "the fastest of what fits in memory, at most 2048 on a CPU and 16384 on a GPU, at least the "
+    "longest row",
     "limits.epochs": "3 when neither `limits.steps` nor `limits.minutes` is given; else no such limit",
     "limits.steps": "no such limit",
     "validation.every": "a tenth of the run when there are validation rows",
@@ -89,6 +90,7 @@ DERIVED: dict[str, str] = {
     "device": "a GPU when there is one that this installation can use",
     "devices": "as many free GPUs of one kind as a step keeps busy, at least as many as hold the base; on a CPU one "
     "process",
-    "checkpointing": "none when that fits in memory, else full",
+    "memory": "nine tenths of what is free",
+    "checkpointing": "whatever is the fastest that fits in memory: nothing is computed twice unless it has to be",
     "run": "`runs/NAME-TIME` in the folder where the command is typed",
 }

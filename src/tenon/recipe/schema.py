@@ -9,9 +9,10 @@ from __future__ import annotations
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
+from tenon.units import parse_bytes
 from tenon.values import Value
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -35,6 +36,15 @@ def _as_sources(value: Any) -> Any:
 def _text_or_tuple(value: Any) -> Any:
     """One word stays a word; anything else becomes a tuple."""
     return value if isinstance(value, str) else _as_tuple(value)
+
+
+def _size(value: str) -> str:
+    """`auto`, or a size with its unit."""
+    if value != "auto":
+        size_bytes = parse_bytes(value)
+        if value.strip()[-1:].isdigit() or not size_bytes:
+            raise ValueError(f"{value!r} has no unit: write 8 GB or 8 GiB, or auto")
+    return value
 
 
 class Section(Value):
@@ -307,9 +317,15 @@ class Recipe(Section):
         description="How many GPUs of this machine share the work of each step, or on a CPU how many processes; what "
         "is learned stays the same. A base that one GPU cannot hold is spread over them.",
     )
+    memory: Annotated[str, AfterValidator(_size)] | None = Field(
+        default=None,
+        description="What the run may take of the memory, such as `8.6 GB`, on a GPU beside what CUDA itself takes; "
+        "`auto` is what is free. What layers keep and how many tokens are computed at once follows from it.",
+    )
     checkpointing: Literal["auto", "none", "full"] | None = Field(
         default=None,
-        description="Gradient checkpointing: `full` computes every layer's forward pass again to save memory.",
+        description="What layers keep for the way back: `none` everything, `full` their inputs alone, the rest is "
+        "computed again; `auto` decides for each layer by memory.",
     )
     register_as: bool | Annotated[str, Field(pattern=NAME_PATTERN)] | None = Field(
         default=None,

@@ -42,14 +42,13 @@ class WindowLoss:
 
 @dataclass(frozen=True, slots=True)
 class StepOptions:
-    """micro_tokens, share_prefix: how a window is cut. recompute: compute each layer again on the way back.
-
-    loss_scale: for fp16, else 1.
+    """micro_tokens, share_prefix: how a window is cut. keep: what each layer leaves behind for the way back; empty: all
+    of them all. loss_scale: for fp16, else 1.
     """
 
     micro_tokens: int
     share_prefix: bool
-    recompute: bool
+    keep: tuple[Keep, ...] = ()
     loss_scale: float = 1.0
 
 
@@ -129,10 +128,9 @@ def gradient_of(decoder: Decoder, bank: AdapterBank, options: StepOptions) -> Wo
 
     It waits for nothing on the host, so that it can be recorded as a graph.
     """
-    keep = keep_layers(decoder.facts.layers, options)
 
     def gradient(batch: Batch, coefficient_T: Tensor) -> Tensor:
-        recording = decoder.record(batch, bank, keep)
+        recording = decoder.record(batch, bank, options.keep)
         index_L, hidden_TD = batch.supervised_L, recording.hidden_TD
         nll_L, d_hidden_LD = loss_and_gradient(
             hidden_TD[index_L], decoder.head_VD, batch.labels_T[index_L], coefficient_T[index_L], fuse=decoder.fuse
@@ -144,11 +142,6 @@ def gradient_of(decoder: Decoder, bank: AdapterBank, options: StepOptions) -> Wo
         return nll_T.index_copy_(0, index_L, nll_L.double())
 
     return gradient
-
-
-def keep_layers(layers: int, options: StepOptions) -> list[Keep]:
-    """What each layer keeps for the way back."""
-    return [Keep.INPUT if options.recompute else Keep.ALL] * layers
 
 
 def is_finite(*values: float) -> bool:
