@@ -26,6 +26,7 @@ from tenon.plan.values import (
 from tenon.runs.checkpoints import CheckpointStore
 from tenon.train.interrupt import StopSignal
 from tenon.train.loop import RunPorts, Trainer, Validation
+from tenon.train.memory import AS_PLANNED, StepMemory
 from tenon.train.optimizers import SlotOptimizer
 from tenon.train.slot import SlotTraining
 from tenon.train.step import StepOptions
@@ -187,8 +188,8 @@ class Ports:
         value = self._judge(name, step)
         return None if value is None else Validation({"loss": value}, value, higher_is_better=False)
 
-    def ports(self) -> RunPorts:
-        return RunPorts(self.emit, self.checkpoints, self.validate, self.stop, "base")
+    def ports(self, memory: StepMemory = AS_PLANNED) -> RunPorts:
+        return RunPorts(self.emit, self.checkpoints, self.validate, self.stop, "base", memory=memory)
 
     def of(self, kind: str, slot: str | None = None) -> list[dict[str, object]]:
         return [e for e in self.events if e["kind"] == kind and (slot is None or e["slot"] == slot)]
@@ -202,6 +203,7 @@ def make_trainer(
     *,
     every: int = 0,
     scale: float = 1.0,
+    memory: StepMemory = AS_PLANNED,
 ) -> Trainer:
     options = StepOptions(micro_tokens=64, share_prefix=True, loss_scale=scale)
-    return Trainer(decoder, bank, slots, options=options, checkpoint_every=every, ports=ports.ports())
+    return Trainer(decoder, bank, slots, options=options, checkpoint_every=every, ports=ports.ports(memory))

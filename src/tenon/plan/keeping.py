@@ -107,8 +107,8 @@ def tighten(steps: Steps, current: Keeping, room: Room) -> Chosen | None:
     now_bytes = peak_bytes(steps, current)
     less = Room(min(room.device_bytes, (1 - _NOTCH) * now_bytes), room.host_bytes)
     same = _first_fit(steps, current.micro_tokens, less)
-    if same.fits:
-        return same
+    if same.fits or same.peak_bytes < min(now_bytes, room.device_bytes):
+        return replace(same, fits=True)
     sizes = [tokens for tokens in _sizes(replace(steps, micro_tokens=None)) if tokens < current.micro_tokens]
     smaller = (_first_fit(steps, tokens, less) for tokens in sizes)
     return next((one for one in smaller if one.fits), None)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,15 @@ STATE_NAME = "state.json"
 OPTIMIZER_NAME = "optimizer.safetensors"
 
 
-def write_state(folder: Path, slots: Sequence[SlotTraining], *, base: str, loss_scale: float) -> None:
+@dataclass(frozen=True, slots=True)
+class SavedOptions:
+    """What of `StepOptions` may have changed since the plan, and decides the bits of the steps that follow."""
+
+    loss_scale: float
+    micro_tokens: int
+
+
+def write_state(folder: Path, slots: Sequence[SlotTraining], *, base: str, options: SavedOptions) -> None:
     """Write everything that resuming needs into an empty folder."""
     for training in slots:
         target = folder / training.plan.name
@@ -39,7 +47,7 @@ def write_state(folder: Path, slots: Sequence[SlotTraining], *, base: str, loss_
         "version": 1,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "loss_scale": loss_scale,
+        **asdict(options),
         "slots": {t.plan.name: _slot_state(t) for t in slots},
     }
     (folder / STATE_NAME).write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -50,8 +58,8 @@ def _slot_state(training: SlotTraining) -> dict[str, Any]:
     return {"cursor": asdict(training.cursor), "best": best, "validated": training.validated, "ended": training.ended}
 
 
-def read_state(folder: Path, slots: Sequence[SlotTraining]) -> float:
-    """Bring every slot to where the checkpoint was written; returns the loss scale. Raises RunError run-checkpoint."""
+def read_state(folder: Path, slots: Sequence[SlotTraining]) -> SavedOptions:
+    """Bring every slot to where the checkpoint was written. Raises RunError run-checkpoint."""
     state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
     names = sorted(t.plan.name for t in slots)
     if sorted(state["slots"]) != names:
@@ -67,7 +75,7 @@ def read_state(folder: Path, slots: Sequence[SlotTraining]) -> float:
         training.cursor = Cursor(**own["cursor"])
         training.best = Best(**own["best"]) if own["best"] else None
         training.validated, training.ended = own["validated"], own["ended"]
-    return float(state["loss_scale"])
+    return SavedOptions(float(state["loss_scale"]), int(state["micro_tokens"]))
 
 
 def read_slot_weights(folder: Path, training: SlotTraining) -> None:

@@ -22,13 +22,15 @@ import torch
 from tenon.adapters.bank import AdapterBank
 from tenon.data.pack import PackRow
 from tenon.errors import StopRequestedError
+from tenon.kernels.gpu_errors import first_line, is_out_of_memory
 from tenon.models.decoder import Decoder
 from tenon.ranks.group import ALONE, Ranks
 from tenon.runs.checkpoints import Checkpoint
-from tenon.train.checkpoint import read_slot_weights, read_state, write_state
+from tenon.train.checkpoint import SavedOptions, read_slot_weights, read_state, write_state
 from tenon.train.diagnose import not_finite_error
 from tenon.train.graph import StepGraphs
 from tenon.train.interrupt import StopNow, StopSignal
+from tenon.train.memory import AS_PLANNED, StepMemory
 from tenon.train.slot import SlotTraining
 from tenon.train.step import StepOptions, WindowLoss, accumulate_window, add_up, is_finite
 
@@ -67,7 +69,7 @@ class RunPorts:
     """What the loop needs of the outside: events, checkpoints, validation of a slot (None: no rows for it), stop.
 
     base: what adapter files name as their base. ranks: the processes that take these steps together; events,
-    checkpoints and validations are the same on all of them, however they come about.
+    checkpoints and validations are the same on all of them, however they come about. memory: how steps are to be made.
     """
 
     emit: Emit
@@ -76,6 +78,7 @@ class RunPorts:
     stop: StopSignal
     base: str
     ranks: Ranks = ALONE
+    memory: StepMemory = AS_PLANNED
 
 
 class Trainer:
@@ -111,8 +114,8 @@ class Trainer:
         found = self._ports.checkpoints.newest()
         if found is None:
             return 0
-        scale = read_state(found.folder, self._slots)
-        self._options = replace(self._options, loss_scale=scale)
+        saved = read_state(found.folder, self._slots)
+        self._options = replace(self._options, loss_scale=saved.loss_scale, micro_tokens=saved.micro_tokens)
         self._saved = self._state()
         for t in self._slots:
             # The mark is written after its checkpoint; a kill between the two is mended here.
@@ -123,10 +126,12 @@ class Trainer:
     def run(self) -> None:
         """Train to the end and leave a final checkpoint.
 
-        Raises StopRequestedError (state saved) when asked to stop, TrainError train-not-finite, RunError run-disk-full.
+        Raises StopRequestedError (state saved) when asked to stop, TrainError train-not-finite, train-memory, RunError
+        run-disk-full.
         """
         try:
             self._validate()
+            self._options = self._ports.memory.settle(self._options)
             while any(not t.ended for t in self._slots):
                 self._train_step()
                 self._validate()
@@ -164,13 +169,9 @@ class Trainer:
     def _gradient(self, active: Sequence[SlotTraining], rows: Sequence[PackRow]) -> dict[int, WindowLoss]:
         """The window's gradient, unscaled. In fp16 an overflow halves the scale and the window is made again."""
         while True:
-            for t in active:
-                t.optimizer.zero()
-            with self._ports.stop.interruptible():
-                losses = accumulate_window(
-                    self._decoder, self._bank, rows, self._options, ranks=self._ports.ranks, graphs=self._graphs
-                )
-            losses = add_up(losses, [t.optimizer.gradients_P for t in active], self._ports.ranks)
+            losses = add_up(
+                self._accumulate(active, rows), [t.optimizer.gradients_P for t in active], self._ports.ranks
+            )
             scale = self._options.loss_scale
             overflow = scale > _MIN_LOSS_SCALE and not all(t.optimizer.is_finite() for t in active)
             if not overflow:
@@ -179,6 +180,24 @@ class Trainer:
                 return losses
             self._options = replace(self._options, loss_scale=scale / 2)
             self._ports.emit("warning", code="train-loss-scale", text=f"fp16 overflow: loss scale is now {scale / 2:g}")
+
+    def _accumulate(self, active: Sequence[SlotTraining], rows: Sequence[PackRow]) -> dict[int, WindowLoss]:
+        """This rank's share of the window's gradient. Where memory runs out it is made again with less."""
+        while True:
+            for t in active:
+                t.optimizer.zero()
+            try:
+                with self._ports.stop.interruptible():
+                    return accumulate_window(
+                        self._decoder, self._bank, rows, self._options, ranks=self._ports.ranks, graphs=self._graphs
+                    )
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            # Here, not above: as long as the exception lives, it holds all that the batch had made.
+            self._graphs.forget()
+            self._options = self._ports.memory.tighten(self._options, step=self.step + 1, reason=reason)
 
     def _require_finite(
         self,
@@ -238,7 +257,11 @@ class Trainer:
 
     def _state(self) -> object:
         """What changes whenever anything that a checkpoint holds changes."""
-        return self._options.loss_scale, [(t.cursor, t.best, t.validated, t.ended) for t in self._slots]
+        return (
+            self._options.loss_scale,
+            self._options.micro_tokens,
+            [(t.cursor, t.best, t.validated, t.ended) for t in self._slots],
+        )
 
     def _save(self) -> None:
         """Write the state of all slots, unless it is saved already."""
@@ -246,7 +269,8 @@ class Trainer:
             return
 
         def write(folder: Path) -> None:
-            write_state(folder, self._slots, base=self._ports.base, loss_scale=self._options.loss_scale)
+            options = SavedOptions(self._options.loss_scale, self._options.micro_tokens)
+            write_state(folder, self._slots, base=self._ports.base, options=options)
 
         self._ports.checkpoints.write(self.step, write)
         self._saved = self._state()

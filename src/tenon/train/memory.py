@@ -108,6 +108,9 @@ class AsPlanned:
         raise _too_small(f"there was no memory left at step {step}", reason)
 
 
+AS_PLANNED: StepMemory = AsPlanned()
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What the run may take. device_bytes: None for all that is free. host_bytes: for layers' inputs."""
@@ -128,17 +131,20 @@ class Measured:
         keeping: Keeping,
         limits: Limits,
         emit: Emit,
+        libraries_bytes: int = LIBRARY_BYTES,
     ) -> None:
-        """keeping: as planned. slots: whose optimisers will take memory with their first step."""
+        """keeping: as planned. slots: whose optimisers will take memory with their first step. libraries_bytes: what is
+        loaded with the first steps beside.
+        """
         self._steps, self._memory, self._slots, self._limits = steps, memory, slots, limits
-        self._keeping, self._emit = keeping, emit
+        self._keeping, self._emit, self._libraries_bytes = keeping, emit, libraries_bytes
 
     def settle(self, options: StepOptions) -> StepOptions:
         """See `StepMemory`."""
         self._memory.release()
         if self._limits.device_bytes is not None:
             self._memory.limit(self._limits.device_bytes)
-        room = self._room(LIBRARY_BYTES)
+        room = self._room(self._libraries_bytes)
         chosen = keep_same(self._steps, options.micro_tokens, room)
         if not chosen.fits:
             smaller = self._smaller(options.micro_tokens, room)
