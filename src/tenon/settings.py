@@ -7,6 +7,7 @@ used, how many threads. This module does not know what the values are used for.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def read_settings(environ: dict[str, str] | None = None) -> Settings:
 def child_environment(settings: Settings) -> dict[str, str]:
     """The environment for a process that is to have these settings: this process's own, with them written in."""
     return {
+        **_allocator(os.environ),
         # Threads that wait for each other by spinning are many times slower as soon as anything else wants a core.
         "OMP_WAIT_POLICY": "PASSIVE",
         **os.environ,
@@ -75,6 +77,15 @@ def child_environment(settings: Settings) -> dict[str, str]:
         "TENON_DEBUG": "1" if settings.debug else "0",
         "TENON_WORKER": settings.worker,
     }
+
+
+def _allocator(environ: Mapping[str, str]) -> dict[str, str]:
+    """How torch is to take a GPU's memory: in segments that grow, so that little of it is lost between tensors of many
+    sizes. Nothing where somebody has said it otherwise, by either of its names.
+    """
+    if {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(environ):
+        return {}
+    return {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 def _truthy(text: str | None) -> bool:

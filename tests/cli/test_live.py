@@ -115,6 +115,18 @@ GPU = {
 }  # fmt: skip
 
 
+def test_how_memory_is_used_is_a_line_of_its_own() -> None:
+    view, file, _ = plain()
+    view.take({"t": 1.0, "kind": "memory", "text": "keeps everything; 8,192 tokens at once", "step": None})
+    # What was decided because memory ran out stands in the warning.
+    view.take({"t": 2.0, "kind": "warning", "code": "train-memory-short", "text": "there was no memory left"})
+    view.take({"t": 2.0, "kind": "memory", "text": "keeps less", "step": 12})
+    lines = file.getvalue().splitlines()
+    assert lines[0] == "memory: keeps everything; 8,192 tokens at once"
+    assert [line for line in lines if "no memory left" in line] == ["warning: there was no memory left"]
+    assert not any("keeps less" in line for line in lines)
+
+
 def test_the_gpus_are_part_of_a_plain_line_but_no_reason_for_one() -> None:
     view, file, now = plain()
     view.take(step(1))

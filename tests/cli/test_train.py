@@ -209,3 +209,15 @@ def test_a_run_in_use_is_refused(tenon: Command, workplace: Path) -> None:
     with run.lock():
         done = tenon("resume", str(run.path))
     assert done.status == 1 and "error[run-busy]" in done.err
+
+
+def test_show_says_how_memory_is_used(tenon: Command, workplace: Path) -> None:
+    write_recipe(workplace, "demo")
+    tenon("train", "demo.yaml", "-q")
+    (folder,) = (workplace / "runs").iterdir()
+    assert json.loads(tenon("show", "demo", "--json").out)["memory"] == ""
+    events = RunFolder.open(folder).events
+    events.emit("memory", text="keeps everything, computes nothing twice; 8,192 tokens at once", step=None)
+    events.emit("memory", text="32 layers computed again; 8,192 tokens at once", step=7)
+    assert "  memory: 32 layers computed again; 8,192 tokens at once" in tenon("show", "demo").out
+    assert "keeps everything" not in tenon("show", "demo").out

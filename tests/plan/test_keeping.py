@@ -9,7 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenon.bases.facts import ModelFacts
+from tenon.errors import PlanError
 from tenon.plan.activations import Activations, Pass
+from tenon.plan.combine import combine
+from tenon.plan.fit import load_of
 from tenon.plan.keeping import (
     Chosen,
     Room,
@@ -23,12 +26,14 @@ from tenon.plan.keeping import (
     tighten,
 )
 from tenon.plan.precision import DENSE
+from tenon.plan.size import DataSize
 from tenon.plan.values import LEVELS, Frozen, Keeping
 
-from .situations import CPU, GB, H100, LLAMA_1B, LLAMA_8B, SMOLLM2_135M
+from .situations import CPU, GB, H100, LLAMA_1B, LLAMA_8B, SMOLLM2_135M, plan_of
 from .test_activations import NF4_IN_FP8, all_modules, resident_bytes
 
 HOST_BYTES = 100 * GB
+LONG = DataSize(rows=1000, mean_tokens=900.0, longest_tokens=2000, exact=True)
 
 
 def steps_of(
@@ -204,3 +209,26 @@ def test_the_first_layers_to_be_thinned_are_the_cheapest() -> None:
     # No more layers than it takes.
     assert 32 - found.keeping.all_layers <= spared / per_layer + 1
     assert all(level in LEVELS for level in found.keeping.levels(32))
+
+
+def test_a_plan_says_enough_to_decide_again() -> None:
+    """What is built of a plan when base and slots are loaded chooses what the planner chose, given the same room."""
+    plan = plan_of("memory=22 GB", "batch.rows=8", facts=LLAMA_8B, machine=H100, size=LONG)
+    load = load_of(plan, longest_tokens=2000, step_tokens=8 * 900.0)
+    (frozen,) = load.formats
+    assert (load.limit_bytes, load.levels, load.shards, frozen) == (22 * GB, LEVELS, (1,), plan.frozen)
+    assert choose_keeping(load.steps(frozen), load.room(frozen, 1)).keeping == plan.keeping
+    assert load.resident(frozen, 1)[0].what == "base"
+
+
+def test_two_plans_share_one_decision() -> None:
+    plans = [
+        plan_of(*asked, facts=LLAMA_8B, machine=H100, size=LONG, file=f"{name}.yaml")
+        for name, *asked in (("a", "memory=60 GB"), ("b", "checkpointing=none", "lora.rank=64"))
+    ]
+    both = combine(plans)
+    assert both.memory_limit_bytes == 60 * GB and both.may_keep == ("all",)
+    assert both.keeping.counts == (32, 0, 0, 0) and both.estimate.memory_bytes <= 61.2 * GB
+    with pytest.raises(PlanError, match="their checkpointing differs"):
+        full = plan_of("checkpointing=full", facts=LLAMA_8B, machine=H100, size=LONG, file="c.yaml")
+        combine([plans[1], full])

@@ -116,6 +116,18 @@ def test_a_worker_s_threads_do_not_spin_unless_the_user_says_so(
     assert child_environment(settings)["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
+def test_a_gpus_memory_is_taken_in_segments_that_grow(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless somebody has said otherwise, by either of its names."""
+    old, new = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+    for name in (old, new):
+        monkeypatch.delenv(name, raising=False)
+    assert child_environment(settings)[old] == "expandable_segments:True"
+    monkeypatch.setenv(new, "backend:native")
+    assert old not in child_environment(settings)
+    monkeypatch.setenv(old, "backend:native")
+    assert child_environment(settings)[old] == "backend:native"
+
+
 def test_a_worker_has_the_settings_of_its_command(settings: Settings) -> None:
     told = dataclasses.replace(settings, threads=3, debug=True, worker="tenon.worker.fake")
     assert read_settings(child_environment(told)) == dataclasses.replace(

@@ -88,6 +88,8 @@ class WorkState:
             note = f"step {event.get('step')}: {metrics_text(event)}"
             self.slot(str(event.get("slot", ""))).validation = note
             self.notes.append("validation" + (f" of {event['slot']}" if len(self.slots) > 1 else "") + f", {note}")
+        elif kind == "memory" and event.get("step") is None:  # else a warning has said it
+            self.notes.append(f"memory: {event.get('text')}")
         elif kind == "warning":
             self.notes.append(f"warning: {event.get('text')}")
 

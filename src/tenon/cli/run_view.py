@@ -46,6 +46,8 @@ def show_run(console: Console, report: RunReport) -> None:
             console.print(Text.assemble((f"  loss of {slot}: ", "dim"), curve, f" {ends}"))
         for event in report.validations[slot][-3:]:
             console.print(Text(f"  validation, step {event.get('step')}: {metrics_text(event)}", "dim"))
+    if report.memory:
+        console.print(Text(f"  memory: {report.memory}", "dim"), soft_wrap=True)
     if gpu := gpu_text(report.gpus):
         console.print(Text(f"  {gpu}", "dim"), soft_wrap=True)
     for warning in report.warnings[-5:]:
@@ -114,6 +116,7 @@ def report_tree(report: RunReport) -> dict[str, Any]:
         "validations": report.validations,
         "registered": list(report.registered),
         "warnings_text": list(report.warnings),
+        "memory": report.memory,
         "gpus": list(report.gpus),
         "planned": estimate.model_dump(mode="json"),
         "actual": dataclasses.asdict(report.actual),

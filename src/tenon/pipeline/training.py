@@ -22,6 +22,7 @@ from tenon.pipeline.engine import Workbench, load_workbench
 from tenon.pipeline.finish import finish_slot
 from tenon.pipeline.gpu_watch import gpu_telemetry, note_machine
 from tenon.pipeline.slot_data import Emit, SlotData, open_slot_data
+from tenon.pipeline.step_memory import step_memory
 from tenon.pipeline.together import SharedCheckpoints, meet, silent
 from tenon.pipeline.validation import Validator
 from tenon.plan.values import LoraPlan, Plan, SlotPlan
@@ -32,7 +33,7 @@ from tenon.runs.trackers import open_trackers
 from tenon.settings import Settings
 from tenon.train.interrupt import StopNow, StopSignal
 from tenon.train.loop import RunPorts, Trainer
-from tenon.train.memory import layer_keeps
+from tenon.train.memory import layer_keeps, memory_errors
 from tenon.train.optimizers import SlotOptimizer
 from tenon.train.slot import SlotTraining
 from tenon.train.step import StepOptions
@@ -73,16 +74,14 @@ def _take_part(
 ) -> None:
     """The work of one rank, from meeting the others to the end."""
     ranks = meet(run, plan, settings)
-    stop = StopSignal(ranks)
+    stop, resume = StopSignal(ranks), f"tenon resume {run.path}"
     try:
-        with stop.listening(), sampling, gpu_errors(resume=f"tenon resume {run.path}"):
+        with stop.listening(), sampling, gpu_errors(resume=resume), memory_errors(resume=resume):
             _work(run, plan, settings, emit, stop, ranks)
     except StopNow:
         stop.settle()
         emit("stopped")
-        stopped = StopRequestedError(
-            "run-stopped", "stopped; everything done so far is saved", hint=f"tenon resume {run.path}"
-        )
+        stopped = StopRequestedError("run-stopped", "stopped; everything done so far is saved", hint=resume)
         ranks.part(stopped)
         raise stopped from None
     except TenonError as error:
@@ -181,11 +180,12 @@ def _make_trainer(
     )
     scale = _FP16_LOSS_SCALE if plan.precision == "fp16" else 1.0
     keep = layer_keeps(plan.keeping, plan.base.facts.layers)
+    memory = step_memory(plan, bench.decoder, slots, data, emit)
     return Trainer(
         bench.decoder,
         bench.bank,
         slots,
         options=StepOptions(plan.keeping.micro_tokens, plan.share_prefix, keep, scale),
         checkpoint_every=plan.checkpoint.every,
-        ports=RunPorts(emit, checkpoints, validator, stop, plan.base.spec, ranks),
+        ports=RunPorts(emit, checkpoints, validator, stop, plan.base.spec, ranks, memory),
     )

@@ -33,7 +33,8 @@ class Actual:
 class RunReport:
     """A run at a glance: its plan, state, curves by slot, validations by slot, figures against the plan, results.
 
-    gpus: a summary of each GPU's telemetry, with the fields of a `gpu` event.
+    memory: how steps were made at last, as it was decided while running; "" where the plan's decision stood. gpus: a
+    summary of each GPU's telemetry, with the fields of a `gpu` event.
     """
 
     run: RunFolder
@@ -44,6 +45,7 @@ class RunReport:
     actual: Actual
     registered: tuple[str, ...]
     warnings: tuple[str, ...]
+    memory: str
     gpus: tuple[Event, ...]
 
 
@@ -74,6 +76,7 @@ def describe_run(run: RunFolder) -> RunReport:
         actual=measure_actual(events),
         registered=tuple(f"{event['name']}@{event['version']}" for event in events if event["kind"] == "registered"),
         warnings=tuple(str(event.get("text")) for event in events if event["kind"] == "warning"),
+        memory=next((str(event.get("text")) for event in reversed(events) if event["kind"] == "memory"), ""),
         gpus=tuple(summarise_events(events)),
     )
 

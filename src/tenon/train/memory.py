@@ -34,7 +34,7 @@ LIBRARY_BYTES = 400_000_000
 class Emit(Protocol):
     """Writes one event of the run."""
 
-    def __call__(self, kind: str, **fields: str | float | bool | None) -> object: ...
+    def __call__(self, kind: str, /, **fields: str | float | bool | None) -> object: ...
 
 
 class DeviceMemory(Protocol):
