@@ -67,6 +67,8 @@ class _Room:
 class ShardedLayers:
     """Layers of which this rank keeps a part each (see `models.walk.LayerWalk`)."""
 
+    resident = False
+
     def __init__(
         self,
         make: Callable[[], Layer],

@@ -15,7 +15,13 @@ from tenon.models.weights import Place, layer_places
 
 
 class LayerWalk(Protocol):
-    """The layers of a decoder in the order of a pass. A layer may be used until the next but one is asked for."""
+    """The layers of a decoder in the order of a pass. A layer may be used until the next but one is asked for.
+
+    resident: nothing has to happen on the host for a layer to be there, so that a pass can be recorded and replayed.
+    """
+
+    @property
+    def resident(self) -> bool: ...
 
     def up(self) -> Iterator[Layer]:
         """Every layer from the first to the last."""
@@ -36,6 +42,8 @@ class LayerWalk(Protocol):
 
 class ResidentLayers:
     """Layers that are all here."""
+
+    resident = True
 
     def __init__(self, layers: Sequence[Layer], facts: ModelFacts) -> None:
         self._layers, self._facts = layers, facts

@@ -35,7 +35,7 @@ Work = Callable[[Batch, Tensor], Tensor]
 def is_launch_bound(decoder: Decoder, tokens: int) -> bool:
     """Whether a batch of so many tokens is to be padded to a bucket and run as a graph."""
     weights = decoder.facts.linear_parameters / decoder.facts.layers
-    on_gpu = decoder.fuse and decoder.device.type == "cuda" and decoder.attends_packed
+    on_gpu = decoder.fuse and decoder.device.type == "cuda" and decoder.attends_packed and decoder.walk.resident
     return on_gpu and tokens < MOST_TOKENS and tokens * weights < _LAUNCH_BOUND
 
 
