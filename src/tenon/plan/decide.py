@@ -13,7 +13,7 @@ from tenon.errors import PlanError
 from tenon.plan.choices import Choices
 from tenon.plan.devices import StepFacts, candidate_counts, decide_devices, rank_machine, step_seconds
 from tenon.plan.fit import Fit, Load, check_disk, find_fit, usable_bytes
-from tenon.plan.keeping import computed_twice, describe, describe_use, may_keep
+from tenon.plan.keeping import computed_twice, describe, may_keep
 from tenon.plan.memory import adapter_parameters, checkpoint_bytes, gradient_bytes, trained_layers
 from tenon.plan.precision import base_formats, decide_compute, explain_base
 from tenon.plan.size import DataSize, count_steps, rows_per_step
@@ -275,7 +275,7 @@ def _explain_fit(loaded: Loaded, choices: Choices, fit: Fit, machine: MachineFac
     recipe, keeping, best = loaded.recipe, fit.keeping, fit.best
     limit_bytes = _memory_limit(loaded)
     usable = usable_bytes(machine, limit_bytes)
-    used = describe_use(keeping, best.total_bytes, usable)
+    used = f"about {format_bytes(best.total_bytes)} of it; {describe(keeping)}"
     if limit_bytes is None:
         choices.derived("memory", None, format_bytes(usable), used)
     else:
