@@ -134,7 +134,9 @@ _schedule = _one_of(
     "num_cycles says more (write schedule.kind: cosine_restarts and schedule.cycles); warmup_stable_decay counts its "
     "decay in steps (write schedule.kind: wsd and schedule.decay); a lowest rate is schedule.floor",
 )
-_recompute = _one_of({True: "full", False: "none"}, "only true and false mean the same: `memory` decides what is put into the host")
+_recompute = _one_of(
+    {True: "full", False: "none"}, "only true and false mean the same; what is offloaded follows from memory"
+)
 
 ALIASES: tuple[Alias, ...] = (
     Alias("base_model", (AXOLOTL,), "base"),

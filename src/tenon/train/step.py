@@ -77,7 +77,9 @@ def accumulate_window(
         counts[row.slot] = counts.get(row.slot, 0) + supervised_count(row)
     dropout = any(slot.shape.dropout > 0.0 for slot in bank.slots.values())
     share = share_rows(rows, ranks.number, ranks.count)
-    small = graphs is not None and is_launch_bound(decoder, sum(len(row.ids) for row in share))
+    # A graph has no place for what goes to the host and comes back.
+    records = graphs is not None and Keep.HOST not in options.keep
+    small = records and is_launch_bound(decoder, sum(len(row.ids) for row in share))
     packing = PackOptions(
         options.micro_tokens,
         options.share_prefix,
