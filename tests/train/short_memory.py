@@ -39,6 +39,7 @@ class ShortWalk:
 
     def __init__(self, walk: LayerWalk, fails: Callable[[int, str], bool]) -> None:
         self._walk, self._fails = walk, fails
+        self.resident = walk.resident
         self.walks = 0
 
     def up(self) -> Iterator[Layer]:
