@@ -9,6 +9,7 @@ Every event has `t` (unix seconds) and `kind`. The kinds that this package reads
     gpu      gpu …            the load of one GPU over the last seconds
     validation slot step …    one validation of one slot
     checkpoint step           a checkpoint was published
+    proof    verdict …        the fast path was held against plain torch
     warning  code text        something a user should know
     stopped  step             asked to stop, saved: resume it
     failed   code text        ended with an error

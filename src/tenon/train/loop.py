@@ -31,6 +31,7 @@ from tenon.train.diagnose import not_finite_error
 from tenon.train.graph import StepGraphs
 from tenon.train.interrupt import StopNow, StopSignal
 from tenon.train.memory import AS_PLANNED, StepMemory
+from tenon.train.proof import prove
 from tenon.train.slot import SlotTraining
 from tenon.train.step import StepOptions, WindowLoss, accumulate_window, add_up, is_finite
 
@@ -98,6 +99,7 @@ class Trainer:
         self._decoder, self._bank, self._slots = decoder, bank, slots
         self._options, self._every, self._ports = options, checkpoint_every, ports
         self._saved: object = None
+        self._proved = not decoder.is_fast
         self._graphs = StepGraphs(decoder, on_failure=self._without_graphs)
 
     def _without_graphs(self, reason: str) -> None:
@@ -154,6 +156,7 @@ class Trainer:
         if not rows:
             return
         data_seconds = time.monotonic() - started
+        started += self._prove(rows)
         losses = self._gradient(active, rows)
         norms = {t.number: t.optimizer.clip() for t in active}
         self._require_finite(active, rows, losses, norms)
@@ -165,6 +168,25 @@ class Trainer:
         for t in active:
             t.advance(seconds)
             self._report(t, losses[t.number], norms[t.number], factors[t.number], seconds, data_seconds)
+
+    def _prove(self, rows: Sequence[PackRow]) -> float:
+        """Before the first update, hold the fast path against plain torch; a run whose fast path fails goes on without.
+
+        Returns the seconds that it took, which no step counts.
+        """
+        if self._proved:
+            return 0.0
+        self._proved = True
+        found = prove(self._decoder, self._bank, rows, self._options, stop=self._ports.stop, ranks=self._ports.ranks)
+        self._ports.emit("proof", **found.fields())
+        if found.verdict == "fails":
+            self._decoder.use_plain()
+            text = f"fused kernels are not used: on the run's first rows they differ from plain torch: {found.problem}"
+            self._ports.emit("warning", code="train-fast-path", text=text)
+        elif found.verdict == "unknown":
+            text = f"fused kernels could not be held against plain torch: {found.problem}"
+            self._ports.emit("warning", code="train-fast-path", text=text)
+        return found.seconds
 
     def _gradient(self, active: Sequence[SlotTraining], rows: Sequence[PackRow]) -> dict[int, WindowLoss]:
         """The window's gradient, unscaled. In fp16 an overflow halves the scale and the window is made again."""
