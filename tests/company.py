@@ -14,14 +14,18 @@ import torch
 import torch.distributed as dist
 
 from tenon.ranks.group import Ranks, join
-from tests.tiny import CPU
 
 Work = Callable[..., Any]
 
 
-def together(work: Work, folder: Path, *args: object, count: int = 2, seconds: float = 120) -> list[Any]:
-    """What `work(ranks, *args)` gives in each of `count` processes, by rank. Raises when one of them fails."""
-    company = start(work, folder, *args, count=count)
+def together(
+    work: Work, folder: Path, *args: object, count: int = 2, seconds: float = 120, kind: str = "cpu"
+) -> list[Any]:
+    """What `work(ranks, *args)` gives in each of `count` processes, by rank. Raises when one of them fails.
+
+    kind: cpu, or cuda for a GPU each.
+    """
+    company = start(work, folder, *args, count=count, kind=kind)
     finish(company, seconds=seconds)
     codes = [process.exitcode for process in company]
     if any(codes):
@@ -29,11 +33,11 @@ def together(work: Work, folder: Path, *args: object, count: int = 2, seconds: f
     return [torch.load(folder / f"{number}.pt", weights_only=False) for number in range(count)]
 
 
-def start(work: Work, folder: Path, *args: object, count: int = 2) -> list[BaseProcess]:
+def start(work: Work, folder: Path, *args: object, count: int = 2, kind: str = "cpu") -> list[BaseProcess]:
     """The processes of the ranks, at work."""
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
-    company = [context.Process(target=_rank, args=(work, folder, n, count, *args)) for n in range(count)]
+    company = [context.Process(target=_rank, args=(work, folder, kind, n, count, *args)) for n in range(count)]
     for process in company:
         process.start()
     return list(company)
@@ -52,10 +56,11 @@ def finish(company: list[BaseProcess], *, seconds: float = 60) -> float:
     return time.monotonic() - began
 
 
-def _rank(work: Work, folder: Path, number: int, count: int, *args: object) -> None:
+def _rank(work: Work, folder: Path, kind: str, number: int, count: int, *args: object) -> None:
     torch.set_num_threads(1)
+    device = torch.device(kind, number) if kind == "cuda" else torch.device(kind)
     store = dist.FileStore(str(folder / "store"), count)  # pyright: ignore[reportPrivateImportUsage]
-    ranks: Ranks = join(store, number, count, device=CPU, on_lost=lambda _error: os._exit(9), grace_seconds=2.0)
+    ranks: Ranks = join(store, number, count, device=device, on_lost=lambda _error: os._exit(9), grace_seconds=2.0)
     found = work(ranks, *args)
     ranks.leave()
     torch.save(found, folder / f"{number}.pt")
