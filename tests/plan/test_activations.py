@@ -65,6 +65,13 @@ def test_norms_of_queries_and_keys_keep_the_projection_too() -> None:
     assert more == 1024 * 2 * 6144
 
 
+def test_attention_that_gathers_its_rows_keeps_them_twice() -> None:
+    """On a GPU without flash attention: q, k, v by row, and the output in both orders."""
+    slots = all_modules(LLAMA_8B, 16)
+    gathers = Activations(Pass(LLAMA_8B, slots, "cuda", "fp16", DENSE, flash=False), 1024)
+    assert gathers.kept["all"] - on_gpu(LLAMA_8B, tokens=1024).kept["all"] == 1024 * 2 * (6144 + 4096)
+
+
 @pytest.mark.parametrize("facts", [LLAMA_8B, LLAMA_1B, SMOLLM2_135M])
 @pytest.mark.parametrize("frozen", [DENSE, FP8_ONCE, INT8, NF4, NF4_IN_FP8])
 def test_less_is_kept_level_by_level(facts: ModelFacts, frozen: Frozen) -> None:

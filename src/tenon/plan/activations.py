@@ -76,13 +76,14 @@ def adapted_by(loras: Sequence[LoraPlan]) -> Adapted:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """How a batch is computed, whatever is kept of it."""
+    """How a batch is computed, whatever is kept of it. flash: whether attention takes rows as they lie, on a GPU."""
 
     facts: ModelFacts
     slots: Adapted
     device: str
     precision: Precision
     frozen: Frozen
+    flash: bool = True
 
     @property
     def fused(self) -> bool:
@@ -164,12 +165,12 @@ class Activations:
     def _attention_tape(self) -> float:
         """q, k, v and attention's output, with its logsumexp (fp32)."""
         lse = 4.0 * self.tokens * self._of.facts.heads
-        if self._of.fused:
-            # Rotated where they lie; norms of queries and keys need the projection before them too.
-            return self._row(self._o * (2 if self._of.facts.qk_norm else 1)) + self._row(self._q) + lse
-        # The projection (its view v keeps all of it), rotated q and k, all three gathered by row, the groups' outputs,
-        # and these put back in order.
-        return 2 * self._row(self._o) + self._row(self._q + self._k) + 2 * self._row(self._q) + lse
+        # q, k and v gathered by row, beside the groups' outputs those put back in order.
+        gathered = 0.0 if self._of.fused and self._of.flash else self._row(self._o) + self._row(self._q)
+        # Rotated where they lie; norms of queries and keys need the projection before them too. Plain torch makes
+        # rotated q and k beside the projection, of which v is a view.
+        made = (self._o if self._of.facts.qk_norm else 0) if self._of.fused else self._q + self._k
+        return self._row(self._o) + self._row(made) + self._row(self._q) + gathered + lse
 
     def _gate_up(self) -> float:
         return self._row(2 * self._f, self._tails[2])

@@ -26,6 +26,8 @@ from tenon.units import format_bytes
 
 # Of what is left beside base and adapters; estimates are right to about one per cent, allocators lose a little.
 ROOM_SHARE = 0.98
+# What flash attention takes: see `models.flash`.
+FLASH_CAPABILITY, FLASH_HEAD = (8, 0), 256
 # Of the host's memory that layers' inputs may wait in.
 HOST_SHARE = 0.5
 
@@ -56,7 +58,7 @@ class Load:
         """The steps with the base in one format."""
         slots = adapted_by([lora for lora, _ in self.slots])
         return Steps(
-            of=Pass(self.facts, slots, self.machine.device, self.precision, frozen),
+            of=Pass(self.facts, slots, self.machine.device, self.precision, frozen, self._has_flash()),
             machine=self.machine,
             longest_tokens=self.longest_tokens,
             step_tokens=self.step_tokens,
@@ -65,6 +67,11 @@ class Load:
             levels=self.levels,
             micro_tokens=self.micro_tokens,
         )
+
+    def _has_flash(self) -> bool:
+        """See `models.flash.fits`."""
+        size, capability = self.facts.head_dim, self.machine.capability
+        return capability is not None and capability >= FLASH_CAPABILITY and size % 8 == 0 and size <= FLASH_HEAD
 
     def resident(self, frozen: Frozen, shards: int) -> tuple[MemoryTerm, ...]:
         """What is held all the time."""
