@@ -2,8 +2,8 @@
 
 Every event has `t` (unix seconds) and `kind`. The kinds that this package reads itself:
 
-    start                     work begins at step 1: the first time, or again when no checkpoint was left
-    resume   step             work goes on after `step`; later steps in the log belong to a life that was lost
+    start    ranks            work begins at step 1: the first time, or again when no checkpoint was left
+    resume   step ranks       work goes on after `step`; later steps in the log belong to a life that was lost
     memory   text …           what layers keep and how many tokens are computed at once; step: in which memory ran out
     step     slot step loss … one optimiser step of one slot
     gpu      gpu …            the load of one GPU over the last seconds
