@@ -14,6 +14,7 @@ from rich.text import Text
 
 from tenon.cli.gpu_view import gpu_text
 from tenon.cli.progress_state import metrics_text, sparkline
+from tenon.cli.proof_view import proof_text, proof_words
 from tenon.cli.result_view import show_results
 from tenon.cli.run_list_view import STATE_STYLES, run_note, status_tree
 from tenon.cli.session import Session
@@ -50,6 +51,8 @@ def show_run(console: Console, report: RunReport) -> None:
         console.print(Text(f"  memory: {report.memory}", "dim"), soft_wrap=True)
     if gpu := gpu_text(report.gpus):
         console.print(Text(f"  {gpu}", "dim"), soft_wrap=True)
+    if proof := proof_text(report.proof):
+        console.print(Text(f"  {proof}", "dim"), soft_wrap=True)
     for warning in report.warnings[-5:]:
         console.print(Text.assemble(("  warning: ", "yellow"), warning), soft_wrap=True)
     _show_pairs(console, report)
@@ -71,6 +74,8 @@ def plan_against_actual(report: RunReport) -> Table:
     table.add_row("tokens", f"about {format_count(estimate.train_tokens)}", format_count(actual.tokens))
     about = "" if estimate.exact_steps else "about "
     table.add_row("steps", f"{about}{format_count(estimate.steps)}", format_count(actual.steps))
+    if report.proof is not None:
+        table.add_row("path", "fused kernels", proof_words(report.proof))
     return table
 
 
@@ -117,6 +122,7 @@ def report_tree(report: RunReport) -> dict[str, Any]:
         "registered": list(report.registered),
         "warnings_text": list(report.warnings),
         "memory": report.memory,
+        "proof": report.proof,
         "gpus": list(report.gpus),
         "planned": estimate.model_dump(mode="json"),
         "actual": dataclasses.asdict(report.actual),

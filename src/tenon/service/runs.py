@@ -33,8 +33,9 @@ class Actual:
 class RunReport:
     """A run at a glance: its plan, state, curves by slot, validations by slot, figures against the plan, results.
 
-    memory: how steps were made at last, as it was decided while running; "" where the plan's decision stood. gpus: a
-    summary of each GPU's telemetry, with the fields of a `gpu` event.
+    memory: how steps were made at last, as it was decided while running; "" where the plan's decision stood. proof: the
+    newest `proof` event; None where no fast path was held against plain torch. gpus: a summary of each GPU's telemetry,
+    with the fields of a `gpu` event.
     """
 
     run: RunFolder
@@ -46,6 +47,7 @@ class RunReport:
     registered: tuple[str, ...]
     warnings: tuple[str, ...]
     memory: str
+    proof: Event | None
     gpus: tuple[Event, ...]
 
 
@@ -77,6 +79,7 @@ def describe_run(run: RunFolder) -> RunReport:
         registered=tuple(f"{event['name']}@{event['version']}" for event in events if event["kind"] == "registered"),
         warnings=tuple(str(event.get("text")) for event in events if event["kind"] == "warning"),
         memory=next((str(event.get("text")) for event in reversed(events) if event["kind"] == "memory"), ""),
+        proof=next((event for event in reversed(events) if event["kind"] == "proof"), None),
         gpus=tuple(summarise_events(events)),
     )
 

@@ -83,7 +83,8 @@ def difference(
     names = [f"{site} {side}" for site in plain for side in "AB"]
     norms = _norms(found, plain)
     sizes = _sizes(norms[:, 1])
-    problem, cosine, matrix = "", 1.0, ""
+    cosine, matrix = 1.0, ""
+    worst, where = 0.0, ""
     for i, name in enumerate(names):
         apart, right, own = norms[i].tolist()
         if own == right == 0.0:
@@ -92,8 +93,10 @@ def difference(
         if not matrix or not likeness >= cosine:
             cosine, matrix = likeness, name
         error = apart / max(right, _SMALL * sizes[i % 2], _NOTHING)
-        if not error <= bounds.matrix:
-            problem = problem or f"the gradient of {name} is {_percent(error, bounds.matrix)} off"
+        # NaN is the worst, and stays it.
+        if not error <= worst and not math.isnan(worst):
+            worst, where = error, name
+    problem = "" if worst <= bounds.matrix else f"the gradient of {where} is {_percent(worst, bounds.matrix)} off"
     return Difference(cosine, matrix, problem or _kind_problem(names, norms, bounds))
 
 
