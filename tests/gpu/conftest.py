@@ -55,7 +55,8 @@ def judge(record_property: Callable[[str, object], None]) -> Judge:
     ) -> None:
         error = relative_error(found, exact)
         bound = bound_of(dtype or found.dtype, roundings)
-        record_property(f"error of {kernel}, {str(dtype or found.dtype).removeprefix('torch.')}", error)
+        name = f"{kernel}, {str(dtype or found.dtype).removeprefix('torch.')}"
+        record_property(f"error: {name}", f"{error:.4g} {bound:.4g}")
         assert not math.isnan(error) and error <= bound, f"{kernel}: off by {error:.3g}, at most {bound:.3g}"
 
     return compare

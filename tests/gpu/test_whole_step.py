@@ -107,8 +107,8 @@ def test_fused_is_as_close_to_float64_as_plain(
     fused, fused_losses = of(case, dtype, device, fuse=True)
     mine, theirs = errors(fused, exact), errors(plain, exact)
     kind = str(dtype).removeprefix("torch.")
-    record_property(f"error of the whole step, {kind}", max(mine))
-    record_property(f"error of the whole step in plain torch, {kind}", max(theirs))
+    record_property(f"error: the whole step, {kind}", f"{max(mine):.4g}")
+    record_property(f"error: the whole step in plain torch, {kind}", f"{max(theirs):.4g}")
     floor = 4 * torch.finfo(dtype).eps
     assert median(mine) <= 1.2 * median(theirs) + 0.05 * floor
     assert max(mine) <= 1.2 * max(theirs) + 0.2 * floor
@@ -170,7 +170,8 @@ def test_p05_right_kernels_hold_on_the_gpu(
     rows = small_rows(len(ranks), (600, 700, 30, 1200))
     options = StepOptions(8192, True, (), loss_scale(dtype))
     found = prove(decoder, bank, rows, options, stop=StopSignal())
-    record_property(f"cosine of the proof, {kind}, {str(dtype).removeprefix('torch.')}", found.cosine)
+    name = f"one minus the proof's least cosine, {kind}, {str(dtype).removeprefix('torch.')}"
+    record_property(f"error: {name}", f"{1 - found.cosine:.4g}")
     assert (found.verdict, found.problem) == ("holds", "")
     assert found.tokens > 2304 and all(
         s.gradients_P is not None and not s.gradients_P.any() for s in bank.slots.values()
