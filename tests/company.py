@@ -61,6 +61,9 @@ def _rank(work: Work, folder: Path, kind: str, number: int, count: int, *args: o
     device = torch.device(kind, number) if kind == "cuda" else torch.device(kind)
     store = dist.FileStore(str(folder / "store"), count)  # pyright: ignore[reportPrivateImportUsage]
     ranks: Ranks = join(store, number, count, device=device, on_lost=lambda _error: os._exit(9), grace_seconds=2.0)
-    found = work(ranks, *args)
-    ranks.leave()
-    torch.save(found, folder / f"{number}.pt")
+    try:
+        found = work(ranks, *args)
+        ranks.leave()
+        torch.save(found, folder / f"{number}.pt")
+    finally:
+        ranks.close()

@@ -105,10 +105,13 @@ def main() -> None:
     host, _, port = settings.rendezvous.rpartition(":")
     store = dist.TCPStore(host, int(port), is_master=False)  # pyright: ignore[reportPrivateImportUsage]
     ranks = join(store, settings.rank, settings.ranks, device=device, on_lost=lambda _error: os._exit(1))
-    result = measure(work, ranks, device)
-    if ranks.first:
-        print("RESULT " + json.dumps(result), flush=True)
-    ranks.leave()
+    try:
+        result = measure(work, ranks, device)
+        if ranks.first:
+            print("RESULT " + json.dumps(result), flush=True)
+        ranks.leave()
+    finally:
+        ranks.close()
 
 
 if __name__ == "__main__":

@@ -87,6 +87,8 @@ def _take_part(
     except TenonError as error:
         ranks.part(error)
         raise
+    finally:
+        ranks.close()
 
 
 def _work(run: RunFolder, plan: Plan, settings: Settings, emit: Emit, stop: StopSignal, ranks: Ranks) -> None:

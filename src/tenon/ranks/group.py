@@ -94,6 +94,10 @@ class Ranks(Protocol):
         """End the company, when all have come so far; from then on each is alone."""
         ...
 
+    def close(self) -> None:
+        """This rank ends, whatever the others do: call it last."""
+        ...
+
 
 class Alone:
     """One process: nothing to agree on."""
@@ -127,6 +131,9 @@ class Alone:
 
     def leave(self) -> None:
         """Nobody is left."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class Group:
@@ -216,6 +223,10 @@ class Group:
             self._watch.stop()
             dist.destroy_process_group()
             self.count = 1
+
+    def close(self) -> None:
+        """See `Ranks.close`. A thread that still runs when Python shuts down may abort the process."""
+        self._watch.stop()
 
     def _read(self, key: str) -> bytes:
         while True:
