@@ -28,7 +28,7 @@ def _run(runs_ptr, tokens, ROUTED: tl.constexpr, RUN: tl.constexpr):
         run = runs_ptr + 3 * tl.program_id(1)
         return tl.load(run), tl.load(run + 1), tl.load(run + 2)
     begin = tl.program_id(1).to(tl.int64) * RUN
-    return begin * 0 - 1, begin, tl.minimum(begin + RUN, tokens.to(tl.int64))
+    return begin * 0 - 1, begin, tl.minimum(begin + RUN, tokens)
 
 
 @jit
