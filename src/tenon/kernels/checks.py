@@ -18,6 +18,19 @@ from tenon.kernels.attention_checks import sdpa_error, varlen_error
 from tenon.kernels.frozen_checks import fp8_rows_error, int8_error, nf4_error, nf4_fp8_error
 from tenon.kernels.gpu_errors import first_line
 from tenon.kernels.matmul_checks import bf16_matmul_error, fp8_matmul_error
+from tenon.kernels.step_checks import (
+    add_error,
+    add_norm_backward_error,
+    add_norm_error,
+    gradient_error,
+    heads_backward_error,
+    heads_error,
+    project_back_error,
+    project_error,
+    softmax_gradient_error,
+    swiglu_backward_error,
+    swiglu_error,
+)
 
 BF16_BOUND = 2e-2
 FP32_BOUND = 1e-5
@@ -61,6 +74,7 @@ def kernel_checks() -> tuple[KernelCheck, ...]:
         KernelCheck(
             "nf4 dequantised to fp8, both ways", "cuda", nf4_fp8_error, FP32_BOUND, "products as the precision"
         ),
+        *_step_checks(),
         _sdpa("attention math", "cpu", math, instead="nothing: no attention works"),
         _sdpa("attention flash", "cpu", flash),
         _sdpa("attention flash, grouped heads", "cpu", flash, kv_heads=2),
@@ -72,6 +86,25 @@ def kernel_checks() -> tuple[KernelCheck, ...]:
         _varlen("attention varlen", kv_heads=4, instead="rows of like length, padded"),
         _varlen("attention varlen, grouped heads", kv_heads=2, instead="repeated heads"),
     )
+
+
+def _step_checks() -> list[KernelCheck]:
+    """The fused kernels of a step: a run that finds one of them wrong goes on without all of them (`train.proof`)."""
+    checks: dict[str, Callable[[torch.device], float]] = {
+        "low-rank product A x": project_error,
+        "low-rank product s B^T dy": project_back_error,
+        "low-rank sums": add_error,
+        "gradients of A and B": gradient_error,
+        "sum and RMS norm": add_norm_error,
+        "sum and RMS norm, backward": add_norm_backward_error,
+        "heads: norm and rotation": heads_error,
+        "heads: norm and rotation, backward": heads_backward_error,
+        "SwiGLU": swiglu_error,
+        "SwiGLU, backward": swiglu_backward_error,
+        "softmax and its gradient": softmax_gradient_error,
+    }
+    instead = "plain torch for the whole step"
+    return [KernelCheck(name, "cuda", run, BF16_BOUND, instead) for name, run in checks.items()]
 
 
 def _sdpa(
