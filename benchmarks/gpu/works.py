@@ -169,7 +169,7 @@ WORKS: tuple[Work, ...] = (
         peers=(_PEFT_FULL, _LIGER_FULL, _LIGER, _UNSLOTH_DEFAULT, _UNSLOTH),
     ),
     Work("8b-4x2048-fp8", "8b", 4, 2048, "fp8", 28_000, 46),
-    Work("8b-4x2048-nf4-small", "8b", 4, 2048, "nf4", 12_500, 8.6, peers=(_QLORA_FULL, _QLORA_UNSLOTH_DEFAULT)),
+    Work("8b-4x2048-nf4-small", "8b", 4, 2048, "nf4-fp8", 12_500, 8.6, peers=(_QLORA_FULL, _QLORA_UNSLOTH_DEFAULT)),
     Work("8b-4x2048-nf4", "8b", 4, 2048, "nf4", 20_000, 39, peers=(_QLORA_UNSLOTH,)),
     Work("8b-4x2048-nf4-fp8", "8b", 4, 2048, "nf4-fp8", 20_000, 39),
     Work(

@@ -147,7 +147,10 @@ def judge(decoder: Decoder, bank: AdapterBank, slot: int, rows: Sequence[Row]) -
     """
     packed = [PackRow(slot, row.ids, row.supervised, index) for index, row in enumerate(rows)]
     loss, tokens, right = 0.0, 0, 0
-    for batch in pack_rows(packed, PackOptions(MICRO_TOKENS, share_prefix=False), decoder.device):
+    packing = PackOptions(
+        MICRO_TOKENS, share_prefix=False, packed=decoder.attends_packed, tile_tokens=decoder.tile_tokens
+    )
+    for batch in pack_rows(packed, packing, decoder.device):
         labelled_L = torch.nonzero(batch.labels_T != IGNORE).squeeze(-1)
         labels_L = batch.labels_T[labelled_L]
         logits_LV = decoder.logits(decoder.forward(batch, bank)[labelled_L]).float()
