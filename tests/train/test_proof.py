@@ -19,8 +19,11 @@ from tenon.adapters.bank import AdapterBank
 from tenon.batch import Batch
 from tenon.data.pack import PackRow
 from tenon.errors import StopRequestedError
+from tenon.kernels.fp8 import Fp8Rows
 from tenon.kernels.low_rank import LowRank, Routes
 from tenon.models.decoder import Decoder
+from tenon.models.frozen import Nf4Linear
+from tenon.models.frozen_plain import PlainLinear
 from tenon.train.difference import Bounds, bounds_for, difference
 from tenon.train.interrupt import StopNow, StopSignal
 from tenon.train.proof import LONG_TOKENS, SHORT_TOKENS, prove, sample_rows
@@ -134,6 +137,42 @@ def test_p05_a_stop_in_the_middle_leaves_the_weights_as_they_were() -> None:
         prove(decoder, bank, [row(0, 12), row(1, 9)], OPTIONS, stop=stop)
     assert all(torch.equal(a, b) for a, b in zip(state(bank), before, strict=True))
     assert all(s.gradients_P is not None and not s.gradients_P.any() for s in bank.slots.values())
+
+
+class Doubled(Nf4Linear):
+    """A map whose kernels are wrong."""
+
+    def apply(self, x_TD: Tensor, quantised: Fp8Rows | None = None) -> Tensor:
+        return 2 * super().apply(x_TD, quantised)
+
+
+def nf4_decoder(*, wrong: bool, fuse: bool) -> Decoder:
+    """In nf4; wrong: two of the maps of each layer, the smallest among them."""
+    facts = tiny_facts()
+    decoder = Decoder(facts, dtype=torch.float32, device=CPU, kind="nf4", fuse=fuse)
+    for layer in decoder.layers if wrong else ():
+        for stack in ("o", "down"):
+            shape = facts.stack_shape(stack)
+            layer.stacks[stack] = Doubled(*shape, bias_O=None, dtype=torch.float32, device=CPU)
+    decoder.load_tensors(tiny_decoder().named_tensors().items())
+    return decoder
+
+
+def test_p05_a_run_whose_quantised_base_is_multiplied_wrongly_goes_on_in_plain_torch(tmp_path: Path) -> None:
+    ends: list[Tensor] = []
+    for wrong in (True, False):
+        decoder, ports = nf4_decoder(wrong=wrong, fuse=wrong), Ports(tmp_path / str(wrong))
+        bank = AdapterBank(decoder.facts, dtype=torch.float32, device=CPU)
+        slot = make_slot(decoder, bank, Asked(steps=3), some_rows(16))
+        make_trainer(decoder, bank, [slot], ports).run()
+        ends.append(slot.slot.parameters_P)
+        if wrong:
+            (proof,) = ports.of("proof")
+            assert (proof["verdict"], proof["base"]) == ("fails", True)
+            assert proof["problem"] == "products with the nf4 base are 100% off (at most 0.1%), at o"
+            assert len(ports.of("warning")) == 1 and not decoder.is_fast
+            assert all(isinstance(x, PlainLinear) for layer in decoder.layers for x in layer.stacks.values())
+    torch.testing.assert_close(*ends)
 
 
 def test_nothing_to_learn_and_no_memory_are_no_verdict() -> None:

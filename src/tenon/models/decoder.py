@@ -31,6 +31,7 @@ from tenon.models import flash
 from tenon.models import layer as layers
 from tenon.models.attention import Attention, PackedAttention
 from tenon.models.frozen import DenseLinear, FrozenKind, FrozenLinear, make_frozen
+from tenon.models.frozen_plain import plain_linear
 from tenon.models.host import HostStore
 from tenon.models.layer import Keep, Layer, LayerTape, Pass, Stream
 from tenon.models.rope import rotary_tables
@@ -159,8 +160,8 @@ class Decoder:
 
     @property
     def is_fast(self) -> bool:
-        """Whether it does anything by kernels of its own choice, which `plain` does by torch's ordinary operations."""
-        return self.fuse or self.attends_packed
+        """Whether it does anything by kernels of its own choice, which plain torch could do too."""
+        return self.fuse or self.attends_packed or (self.kind != "dense" and self.device.type == "cuda")
 
     def plain(self) -> Decoder:
         """The same frozen weights, passed through in plain torch: what the fast path is held against."""
@@ -168,9 +169,11 @@ class Decoder:
         other.use_plain()
         return other
 
-    def use_plain(self) -> None:
-        """From here on pass through in plain torch; batches must be packed anew."""
+    def use_plain(self, *, base: bool = False) -> None:
+        """From here on pass through in plain torch; batches must be packed anew. base: a quantised base too."""
         self.fuse, self._packs, self._ride_rank = False, False, 0
+        for layer in self.walk.up() if base else ():
+            layer.stacks = {stack: plain_linear(linear) for stack, linear in layer.stacks.items()}
 
     # ---- weights in and out -------------------------------------------------------------------------------------
 

@@ -180,7 +180,7 @@ class Trainer:
         found = prove(self._decoder, self._bank, rows, self._options, stop=self._ports.stop, ranks=self._ports.ranks)
         self._ports.emit("proof", **found.fields())
         if found.verdict == "fails":
-            self._decoder.use_plain()
+            self._decoder.use_plain(base=found.base)
             text = f"fused kernels are not used: on the run's first rows they differ from plain torch: {found.problem}"
             self._ports.emit("warning", code="train-fast-path", text=text)
         elif found.verdict == "unknown":

@@ -6,7 +6,8 @@ B matrices carry noise: at the start they are zero, and with them every low-rank
 kernel that leaves these out would pass. Afterwards all parameters are what they were, to the bit, and gradients zero.
 
 Two samples: one long enough for all that a large batch does otherwise (sums in chunks, a slot in the weights' borders,
-products by torch's own kernels), and a short one for what small batches do.
+products by torch's own kernels), and a short one for what small batches do. Both paths multiply a quantised base by
+the same kernels; these are held against plain torch for themselves, where rounding does not add up over layers.
 
 This module does not know what becomes of a run whose fast path is wrong.
 """
@@ -30,6 +31,8 @@ from tenon.data.pack import PackRow
 from tenon.errors import TenonError
 from tenon.kernels.gpu_errors import explain_gpu_error, first_line, is_out_of_memory
 from tenon.models.decoder import Decoder
+from tenon.models.frozen import FrozenLinear
+from tenon.models.frozen_plain import product_error
 from tenon.models.layer import Keep
 from tenon.ranks.group import ALONE, Ranks
 from tenon.train.difference import Difference, bounds_for, difference
@@ -44,15 +47,19 @@ _LEAST_TOKENS = 16
 # threefold on SmolLM2-135M; at half, terms that are left out drown in it.
 _STIR = 0.125
 _WEIGHT_ROWS = 64
+# Relative error of fp8 products: the tensor cores' own registers keep about 14 bits of their sums.
+_FP8_PRODUCT = 0.02
 # Failures of a kernel that leave the device usable for others.
 _KERNEL_CODES = ("train-kernel-failed", "plan-gpu-unsupported")
+
+_NO_MEMORY = "there is too little memory left to compare"
 
 Verdict = Literal["holds", "fails", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What came of it. unknown: there was nothing to compare, the problem says why.
+    """What came of it. unknown: there was nothing to compare, the problem says why. base: the base's own products fail.
 
     tokens: of the samples. cosine: of the matrix whose gradients agree least, and its name. loss_difference: relative,
     the largest of any slot.
@@ -65,6 +72,7 @@ class Proof:
     matrix: str = ""
     loss_difference: float = 0.0
     seconds: float = 0.0
+    base: bool = False
 
     def fields(self) -> dict[str, str | int | float]:
         """As the fields of an event."""
@@ -89,15 +97,19 @@ def prove(
     slots = {number: bank.slots[number] for number in sorted({row.slot for row in rows if row.slot >= 0})}
     slots = {number: slot for number, slot in slots.items() if slot.gradients_P is not None}
     with _as_it_was(slots), stop.interruptible():
-        fp8 = _stir(decoder, slots)
-        proof = Proof("holds")
+        base = _look_at_base(decoder)
+        proof = base.proof
+        _stir(decoder, slots, base.sizes)
         for tokens in (LONG_TOKENS, SHORT_TOKENS):
-            if not 0 < proof.tokens <= 2 * SHORT_TOKENS:
-                proof = _worse(proof, _prove_sample(decoder, bank, slots, rows, options, tokens, fp8=fp8))
-    failed, unknown = ranks.largest(float(proof.verdict == "fails"), float(proof.verdict == "unknown"))
+            if not base.proof.base and not 0 < proof.tokens <= 2 * SHORT_TOKENS:
+                proof = _worse(proof, _prove_sample(decoder, bank, slots, rows, options, tokens, fp8=base.fp8))
+    failed, unknown, wrong_base = ranks.largest(
+        float(proof.verdict == "fails"), float(proof.verdict == "unknown"), float(proof.base)
+    )
     verdict: Verdict = "fails" if failed else "unknown" if unknown else "holds"
     problem = proof.problem or ("" if verdict == "holds" else "another rank found it so")
-    return replace(proof, verdict=verdict, problem=problem, seconds=time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return replace(proof, verdict=verdict, problem=problem, seconds=seconds, base=bool(wrong_base))
 
 
 # ---- the slots ------------------------------------------------------------------------------------------------------
@@ -122,19 +134,57 @@ def _forget(slots: Mapping[int, Slot]) -> None:
             slot.gradients_P.zero_()
 
 
-def _stir(decoder: Decoder, slots: Mapping[int, Slot]) -> bool:
-    """Add noise to every B, in proportion to its weight; returns whether the base is multiplied in fp8."""
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """What is known of the frozen base. sizes: the root mean square of each site's weight. fp8: whether its products
+    are made in fp8. proof: of its own kernels.
+    """
+
+    sizes: dict[str, Tensor]
+    fp8: bool
+    proof: Proof
+
+
+def _look_at_base(decoder: Decoder) -> _Base:
+    """Every layer is gone through once; the products of a quantised base are tried at the smallest matrix of the first:
+    its kernels are the same everywhere.
+    """
     sizes: dict[str, Tensor] = {}
-    fp8 = False
+    fp8, proof = False, Proof("holds")
     for index, layer in enumerate(decoder.walk.up()):
+        stacks = layer.stacks
+        if index == 0:
+            smallest = min(stacks, key=lambda stack: stacks[stack].outputs * stacks[stack].inputs)
+            fp8 = stacks[smallest].takes_fp8
+            proof = _prove_base(decoder, smallest, stacks[smallest])
         for stack, modules in STACKS.items():
-            linear, start = layer.stacks[stack], 0
-            fp8 = fp8 or linear.takes_fp8
+            start = 0
             for module in modules:
                 outputs = decoder.facts.linear_shape(module)[0]
-                some = linear.dense(start, start + min(outputs, _WEIGHT_ROWS))
+                some = stacks[stack].dense(start, start + min(outputs, _WEIGHT_ROWS))
                 sizes[site_name(index, module)] = _rms(some)
                 start += outputs
+    return _Base(sizes, fp8, proof)
+
+
+def _prove_base(decoder: Decoder, name: str, linear: FrozenLinear) -> Proof:
+    bound = _FP8_PRODUCT if linear.takes_fp8 else max(2 * torch.finfo(decoder.dtype).eps, 1e-3)
+    try:
+        error = product_error(linear, decoder.dtype, decoder.device)
+    except Exception as raised:  # Triton's exceptions have no base class of their own
+        if is_out_of_memory(raised):
+            return Proof("unknown", _NO_MEMORY)
+        if not _is_kernel_failure(raised):
+            raise
+        return Proof("fails", first_line(raised), base=True)
+    if error <= bound:
+        return Proof("holds")
+    off = f"{100 * error:.3g}% off (at most {100 * bound:.3g}%)"
+    return Proof("fails", f"products with the {decoder.kind} base are {off}, at {name}", base=True)
+
+
+def _stir(decoder: Decoder, slots: Mapping[int, Slot], sizes: Mapping[str, Tensor]) -> None:
+    """Add noise to every B, in proportion to its weight."""
     for number, slot in slots.items():
         generator = torch.Generator(decoder.device).manual_seed(number)
         for site, (a_RD, b_OR) in slot.matrices().items():
@@ -143,7 +193,6 @@ def _stir(decoder: Decoder, slots: Mapping[int, Slot]) -> bool:
             signs = torch.randint(0, 2, b_OR.shape, generator=generator, device=decoder.device) * 2 - 1
             b_OR.add_(signs * size)
         slot.refresh()
-    return fp8
 
 
 def _rms(x: Tensor) -> Tensor:
@@ -174,7 +223,7 @@ def _prove_sample(
             if not is_out_of_memory(error):
                 raise
         tokens //= 2
-    return Proof("unknown", "there is too little memory left to compare")
+    return Proof("unknown", _NO_MEMORY)
 
 
 def sample_rows(rows: Sequence[PackRow], slots: Mapping[int, object], tokens: int) -> list[PackRow]:
@@ -226,11 +275,10 @@ def _compare(
     try:
         found = _losses(decoder, bank, sample, replace(options, loss_scale=scale))
         _wait(decoder)
-    except Exception as error:  # Triton's exceptions have no base class of their own
-        told = explain_gpu_error(error, resume="tenon resume RUN")
-        if isinstance(error, TenonError) or told is None or told.code not in _KERNEL_CODES:
+    except Exception as raised:  # see `_prove_base`
+        if not _is_kernel_failure(raised):
             raise
-        return Proof("fails", first_line(error), tokens)
+        return Proof("fails", first_line(raised), tokens)
     labels = {number: sum(supervised_count(row) for row in sample if row.slot == number) for number in slots}
     proof = Proof("holds", tokens=tokens)
     for number in (n for n in slots if labels[n]):
@@ -241,6 +289,12 @@ def _compare(
         gradients = difference(slot.views(_gradient(slot)), slot.views(right[number]), bounds)
         proof = _worse(proof, _of_slot(slot.name, gradients, loss, apart))
     return proof
+
+
+def _is_kernel_failure(error: Exception) -> bool:
+    """Whether a kernel did not compile or launch, on a device that still works."""
+    told = None if isinstance(error, TenonError) else explain_gpu_error(error, resume="tenon resume RUN")
+    return told is not None and told.code in _KERNEL_CODES
 
 
 def _of_slot(name: str, gradients: Difference, loss: str, apart: float) -> Proof:
@@ -281,4 +335,5 @@ def _worse(one: Proof, other: Proof) -> Proof:
         least.cosine,
         least.matrix,
         max(one.loss_difference, other.loss_difference),
+        base=one.base or other.base,
     )
