@@ -117,7 +117,7 @@ def loses_one(ranks: Ranks, folder: str, word: bool) -> None:
             ranks.largest(1.0)
     except TenonError as error:
         note(ranks, folder, error)
-        # Gloo's own threads may abort a process that tears Python down while their peer is gone; that is not asked here.
+        # Gloo may abort a process that tears Python down while its peer is gone; that is not asked here.
         os._exit(3)
 
 
