@@ -55,6 +55,18 @@ def tile_rows(tiles_ptr, BLOCK: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @jit
+def block_rows(tiles_ptr, tokens, ROWS: tl.constexpr, ROUTED: tl.constexpr):
+    """(slot, rows, mask): of a tile where there are routes, else simply the next tokens."""
+    if ROUTED:
+        slot, rows, mask = tile_rows(tiles_ptr, ROWS, 64 // ROWS)
+    else:
+        slot = -1
+        rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        mask = rows < tokens
+    return slot, rows, mask
+
+
+@jit
 def bits_to_float(bits):
     """The fp32 number whose bits a table field holds."""
     return bits.to(tl.int32).to(tl.float32, bitcast=True)

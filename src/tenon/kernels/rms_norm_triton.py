@@ -9,21 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tenon.kernels.blocks_triton import FIELDS, TILE, input_block, member_block, padded_rank, tile_rows
+from tenon.kernels.blocks_triton import FIELDS, TILE, block_rows, input_block, member_block, padded_rank
 from tenon.kernels.gpu import jit, tl
 from tenon.kernels.low_rank import Routes, Sum, settle_if_long
-
-
-@jit
-def _rows(tiles_ptr, tokens, ROWS: tl.constexpr, ROUTED: tl.constexpr):
-    """(slot, rows, mask): of a tile where there are routes, else simply the next tokens."""
-    if ROUTED:
-        slot, rows, mask = tile_rows(tiles_ptr, ROWS, 64 // ROWS)
-    else:
-        slot = -1
-        rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        mask = rows < tokens
-    return slot, rows, mask
 
 
 @jit
@@ -48,7 +36,7 @@ def _add_norm_kernel(
     STAGES: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
-    slot, rows, row_mask = _rows(tiles_ptr, tokens, ROWS, ROUTED)
+    slot, rows, row_mask = block_rows(tiles_ptr, tokens, ROWS, ROUTED)
     squares = tl.zeros((ROWS,), dtype=tl.float32)
     for start in tl.range(0, width, COLUMNS, num_stages=STAGES):
         d = start + tl.arange(0, COLUMNS)
@@ -109,7 +97,7 @@ def _add_norm_backward_kernel(
     STAGES: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
-    slot, rows, row_mask = _rows(tiles_ptr, tokens, ROWS, ROUTED)
+    slot, rows, row_mask = block_rows(tiles_ptr, tokens, ROWS, ROUTED)
     squares = tl.zeros((ROWS,), dtype=tl.float32)
     products = tl.zeros((ROWS,), dtype=tl.float32)
     for start in tl.range(0, width, COLUMNS, num_stages=STAGES):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tenon.kernels.blocks_triton import FIELDS, TILE, member_block, padded_rank, tile_rows
+from tenon.kernels.blocks_triton import FIELDS, TILE, block_rows, member_block, padded_rank
 from tenon.kernels.gpu import ceil_div, jit, power_of_two, tl
 from tenon.kernels.low_rank import Sum
 
@@ -42,12 +42,7 @@ def _make_heads_kernel(
     NORM: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
-    if ROUTED:
-        slot, rows, row_mask = tile_rows(tiles_ptr, ROWS, 64 // ROWS)
-    else:
-        slot = -1
-        rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        row_mask = rows < tokens
+    slot, rows, row_mask = block_rows(tiles_ptr, tokens, ROWS, ROUTED)
     head = tl.program_id(1)
     member = tl.where(head < HEADS, 0, tl.where(head < HEADS + KV_HEADS, 1, 2))
     first_head = tl.where(member == 0, 0, tl.where(member == 1, HEADS, HEADS + KV_HEADS))
