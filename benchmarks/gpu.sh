@@ -4,6 +4,7 @@
 #   benchmarks/gpu.sh OUTDIR first  [words of gpu_first_step.py]
 #   benchmarks/gpu.sh OUTDIR parity [words of gpu_parity.py]
 #   benchmarks/gpu.sh OUTDIR ranks  [words of gpu_ranks.py]        on two GPUs
+#   benchmarks/gpu.sh OUTDIR profile [words of gpu_profile.py]
 #   benchmarks/gpu.sh OUTDIR tests  [words of pytest]
 #   benchmarks/gpu.sh OUTDIR keep   keeps the pieces of the base that came this time, for a later call on this machine
 # Results begin from those in benchmarks/results, add up over calls on one machine, and lie in OUTDIR with the log; take
@@ -11,7 +12,7 @@
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=${1:?folder for results}
-what=${2:?step, first, parity, ranks, tests or keep}
+what=${2:?step, first, parity, profile, ranks, tests or keep}
 shift 2
 python=${PYTHON:-python3}
 kept=${TMPDIR:-/tmp}/tenon-gpu
@@ -63,8 +64,9 @@ case $what in
     cat "$kept"/base/? > "$kept/smollm2-135m.gguf"
     run gpu_parity --base "$kept/smollm2-135m.gguf" "$@"
     ;;
+  profile) run gpu_profile "$@" ;;
   ranks) run gpu_ranks "$@" ;;
   tests) run gpu_tests "$@" ;;
   keep) keep_base && ls -la "$kept/base" ;;
-  *) echo "$what is none of step, first, parity, ranks, tests, keep" >&2 && exit 2 ;;
+  *) echo "$what is none of step, first, parity, profile, ranks, tests, keep" >&2 && exit 2 ;;
 esac

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -14,9 +15,10 @@ import torch
 
 from benchmarks.gpu.works import BaseFormat, Shape, Spec
 from tenon.adapters.bank import AdapterBank, SiteShape, SlotShape, initialise
-from tenon.bases.facts import MODULE_PATHS, ModelFacts, RopeFacts, site_name
+from tenon.bases.facts import MODULE_PATHS, STACKS, ModelFacts, RopeFacts, site_name
 from tenon.bases.read import folder_facts
 from tenon.data.pack import PackRow
+from tenon.kernels import fp8
 from tenon.models.decoder import Decoder
 from tenon.models.frozen import FrozenKind
 from tenon.models.layer import Keep
@@ -111,6 +113,28 @@ def empty_decoder(
         ride_rank=ride_rank,
         sharing=sharing,
     )
+
+
+def random_products(
+    shape: Shape, base: BaseFormat, tokens: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Callable[[], object], float]:
+    """(the frozen products of one layer, forward and back, on random rows; their FLOP). Every call makes them all."""
+    decoder = random_decoder(facts_of(replace(shape, layers=1)), base, device)
+    stacks = [decoder.layers[0].stacks[name] for name in STACKS]
+    inputs = [torch.randn(tokens, linear.inputs, device=device, dtype=dtype) for linear in stacks]
+    gradients = [torch.randn(tokens, linear.outputs, device=device, dtype=dtype) for linear in stacks]
+    rows = [fp8.quantise_rows(x) if linear.takes_fp8 else None for linear, x in zip(stacks, inputs, strict=True)]
+    back = [
+        fp8.quantise_rows(dy, linear.output_scale_O) if linear.takes_fp8 else None
+        for linear, dy in zip(stacks, gradients, strict=True)
+    ]
+
+    def run() -> None:
+        for linear, x, dy, x8, dy8 in zip(stacks, inputs, gradients, rows, back, strict=True):
+            linear.apply(x, x8)
+            linear.apply_transposed(dy, dy8)
+
+    return run, 4.0 * tokens * sum(linear.outputs * linear.inputs for linear in stacks)
 
 
 def plain_decoder(weights: Decoder) -> Decoder:
