@@ -28,6 +28,17 @@ def test_rows_are_near_and_as_the_reference(shape: tuple[int, int], dtype: torch
         assert bool(((back - exact).abs() <= 2.0**-4 * 1.0001 * exact.abs() + smallest).all())
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_scales_are_quotients_rounded_once(device: str) -> None:
+    """Beside a Python number torch would multiply with a reciprocal, on a GPU or everywhere."""
+    torch.manual_seed(0)
+    amax_T = torch.rand(10_000) * 1e-3
+    for largest in (fp8.FP8_MAX, 127.0):
+        scale_T, inverse_T = fp8.row_scales(amax_T.to(device), largest)
+        assert torch.equal(scale_T.cpu(), (amax_T.double() / largest).float())
+        assert torch.equal(inverse_T.cpu(), (torch.tensor(largest).double() / amax_T.double()).float())
+
+
 def test_rows_of_zeros_small_rows_and_rows_that_are_not_finite() -> None:
     x_TD = torch.tensor([[0.0, 0.0], [1e-20, -2e-20], [1.0, float("nan")], [1.0, float("inf")]])
     back = fp8.dequantise_rows(fp8.quantise_rows(x_TD), torch.float32)

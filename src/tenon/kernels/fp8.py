@@ -45,8 +45,18 @@ def quantise_rows_reference(x_TD: Tensor, column_scale_D: Tensor | None = None) 
     """The formula in plain torch."""
     x = x_TD.float() if column_scale_D is None else x_TD.float() * column_scale_D
     amax_T = x.abs().amax(dim=1).clamp(min=SMALLEST_AMAX) if x.shape[1] else x.new_full((len(x),), SMALLEST_AMAX)
-    values_TD = (x * (FP8_MAX / amax_T)[:, None]).to(FP8_DTYPE)
-    return Fp8Rows(values_TD, amax_T / FP8_MAX)
+    scale_T, inverse_T = row_scales(amax_T, FP8_MAX)
+    return Fp8Rows((x * inverse_T[:, None]).to(FP8_DTYPE), scale_T)
+
+
+def row_scales(amax_T: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """(amax / largest, largest / amax), each (T) and rounded once: the same bits on every device.
+
+    Both are quotients of two tensors of one device. Beside a Python number torch multiplies with a reciprocal: on a GPU
+    for the first, everywhere for the second.
+    """
+    top = amax_T.new_full((), largest)
+    return amax_T / top, top / amax_T
 
 
 def quantise_rows(x_TD: Tensor, column_scale_D: Tensor | None = None) -> Fp8Rows:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tenon.kernels import int8_triton as fused
+from tenon.kernels.fp8 import row_scales
 
 INT8_MAX = 127.0
 SMALLEST_AMAX = 1e-30
@@ -30,8 +31,8 @@ def quantise_rows(weight_OD: Tensor) -> Int8Rows:
     """(O, D) of any float dtype -> int8 rows, ties to even."""
     w = weight_OD.float()
     amax_O = w.abs().amax(dim=1).clamp(min=SMALLEST_AMAX) if w.shape[1] else w.new_full((len(w),), SMALLEST_AMAX)
-    values_OD = (w * (INT8_MAX / amax_O)[:, None]).round_().to(torch.int8)
-    return Int8Rows(values_OD, amax_O / INT8_MAX)
+    scale_O, inverse_O = row_scales(amax_O, INT8_MAX)
+    return Int8Rows((w * inverse_O[:, None]).round_().to(torch.int8), scale_O)
 
 
 def dequantise_rows_reference(rows: Int8Rows, dtype: torch.dtype) -> Tensor:

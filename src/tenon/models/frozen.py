@@ -352,8 +352,9 @@ class Nf4Linear:
         if self.compute_fp8:
             stop = start + module.shape[0]
             amax_O = nf4.row_amax(module).clamp(min=fp8.SMALLEST_AMAX)
-            self.scale_O[start:stop].copy_(amax_O / fp8.FP8_MAX)
-            self.inverse_scale_O[start:stop].copy_(fp8.FP8_MAX / amax_O)
+            scale_O, inverse_O = fp8.row_scales(amax_O, fp8.FP8_MAX)
+            self.scale_O[start:stop].copy_(scale_O)
+            self.inverse_scale_O[start:stop].copy_(inverse_O)
 
     def dense(self, start: int, stop: int) -> Tensor:
         """(n, D) in the compute dtype."""
