@@ -61,7 +61,9 @@ class GpuMemory:
     """The memory of a GPU, through torch's allocator."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        # The allocator's own limit is set by number alone: `cuda` is the GPU that this process is on.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._device = torch.device("cuda", index)
 
     def held_bytes(self) -> int:
         """See `DeviceMemory`."""
