@@ -111,3 +111,15 @@ def test_a_weight_is_dequantised_beside_the_activations() -> None:
     thin = {frozen: on_gpu(LLAMA_8B, frozen, tokens=512).peak_bytes((0, 0, 32, 0)) for frozen in (NF4, NF4_IN_FP8)}
     # In bf16 two bytes a weight; in fp8 one, with the rounded rows beside.
     assert thin[NF4] - thin[NF4_IN_FP8] == pytest.approx(widest, rel=0.1)
+
+
+def test_fp8_kept_once_is_transposed_on_the_way_back_alone() -> None:
+    """With many tokens a forward pass takes the most memory, with few the backward pass."""
+    once, twice = (Frozen(format="fp8", fp8_compute=True, fp8_twice=kept) for kept in (False, True))
+    peaks = {
+        (frozen, tokens): on_gpu(LLAMA_8B, frozen, tokens=tokens).peak_bytes((0, 0, 32, 0))
+        for frozen in (once, twice, NF4_IN_FP8)
+        for tokens in (512, 8192)
+    }
+    assert peaks[once, 8192] == peaks[twice, 8192] == peaks[NF4_IN_FP8, 8192] - 28_672 * 4_096
+    assert peaks[twice, 512] < peaks[once, 512] < peaks[NF4_IN_FP8, 512]

@@ -102,6 +102,9 @@ class Activations:
         rides = of.slots.rides and of.fused and of.frozen.format == "dense" and tokens >= _WHOLE_TOKENS
         self._tails = of.slots.widths if rides else (0, 0, 0, 0)
         self._dequantised = dequantised_bytes(facts, of.device, of.precision, of.frozen)
+        # A GPU multiplies fp8 as it is kept; what is transposed is for the way back alone.
+        as_kept = of.device == "cuda" and of.frozen.format == "fp8" and of.frozen.fp8_compute
+        self._dequantised_forward = 0 if as_kept else self._dequantised
         self.kept: dict[Level, float] = {level: self._kept(level) for level in LEVELS}
         self._forward = self._forward_bytes()
         self._backward = {level: self._backward_bytes(level) for level in LEVELS}
@@ -187,12 +190,12 @@ class Activations:
         gate_up = self._row(self._d, self._tails[2]) + self._quantised(self._d)
         # Plain torch makes silu(g) and multiplies in place.
         down = self._row(self._f, self._tails[3]) + self._quantised(self._f) + self._row(self._d)
-        return held + max(gate_up, down) + self._dequantised
+        return held + max(gate_up, down) + self._dequantised_forward
 
     def _rebuild_bytes(self, level: Level) -> float:
         """The most of `layer.rebuild`, with all that it makes; n, where it is made, is held to its end."""
         n = self._row(self._d, self._tails[0]) if level in ("input", "host") else 0.0
-        gate_up = self._row(self._d, self._tails[2]) + self._quantised(self._d) + self._dequantised
+        gate_up = self._row(self._d, self._tails[2]) + self._quantised(self._d) + self._dequantised_forward
         return self.kept["all"] + n + gate_up
 
     def _backward_bytes(self, level: Level) -> float:
