@@ -3,8 +3,9 @@
     python benchmarks/gpu_tests.py [--results FILE] [--log FILE] [WORD of pytest …]
 
 runs `pytest -m gpu` over the folders below and writes benchmarks/results/gpu_tests.json. Tests record their errors (see
-tests/gpu/conftest.py); of each kernel and dtype the one that came nearest to its bound is kept. A file that cannot be
-collected here, because a package is missing, counts as an error and leaves the others alone.
+tests/gpu/conftest.py); of each kernel and dtype the one that came nearest to its bound is kept, and the names of tests
+that failed. A file that cannot be collected here, because a package is missing, counts as an error and leaves the
+others alone.
 """
 
 from __future__ import annotations
@@ -43,6 +44,18 @@ def read_rows(report: Path, seconds: float) -> list[Row]:
         Row("time", seconds, "s"),
         *_errors(cases),
     ]
+
+
+def failed_tests(report: Path) -> list[str]:
+    """What failed or could not be collected, as pytest takes it: `tests/gpu/test_loss.py::test_x[1]`."""
+    cases = ElementTree.parse(report).getroot().iter("testcase")
+    return sorted(_name(case) for case in cases if case.find("failure") is not None or case.find("error") is not None)
+
+
+def _name(case: ElementTree.Element) -> str:
+    module, name = case.get("classname", ""), case.get("name", "")
+    # A file that cannot be collected is a case without a class, named as a module.
+    return f"{module.replace('.', '/')}.py::{name}" if module else f"{name.replace('.', '/')}.py"
 
 
 def _errors(cases: Iterable[ElementTree.Element]) -> list[Row]:
@@ -91,7 +104,7 @@ def main(words: Sequence[str]) -> int:
         if not report.is_file():
             print(f"pytest ended with {status} and left no report; see {asked.log or 'above'}")
             return 1
-        rows = read_rows(report, seconds)
+        rows, failed = read_rows(report, seconds), failed_tests(report)
     machine = read_machine("cuda")
     write_tree(
         asked.results,
@@ -100,7 +113,7 @@ def main(words: Sequence[str]) -> int:
         date=datetime.now(UTC).date().isoformat(),
         commit=current_commit(),
         versions=machine.versions,
-        more={"driver": machine.driver, "code": code_hash(OUR_CODE)},
+        more={"driver": machine.driver, "code": code_hash(OUR_CODE), "failed": failed},
     )
     short = [row for row in rows if row.met is False]
     for row in [*rows[:5], *(row for row in short if row not in rows[:5])]:

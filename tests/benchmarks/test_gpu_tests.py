@@ -1,4 +1,4 @@
-"""The report of the GPU tests: counts, the worst error of each kernel, what falls short."""
+"""The report of the GPU tests: counts, the worst error of each kernel, what falls short, what failed by name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.gpu_tests import read_rows, run_tests
+from benchmarks.gpu_tests import failed_tests, read_rows, run_tests
 
 SAMPLE = """
 import pytest
@@ -38,6 +38,7 @@ def test_counts_and_worst_errors(tmp_path: Path) -> None:
     counts = {name: rows[name].value for name in ("passed", "failed", "errors", "skipped")}
     assert counts == {"passed": 2, "failed": 1, "errors": 1, "skipped": 1}
     assert [rows[name].met for name in counts] == [True, False, False, None]
+    assert failed_tests(report) == ["test_broken.py", "test_sample.py::test_kernel[nan]"]
     kernel = rows["project, bfloat16"]
     assert kernel.value != kernel.value and (kernel.bound, kernel.met) == ("<= 0.0025", False)
     assert rows["whole step"].bound is None
