@@ -20,7 +20,7 @@ from tenon.batch import NO_SLOT, Segment
 from tenon.data.pack import list_routes, slot_routes, upload
 from tenon.kernels.blocks_triton import TILE
 from tenon.kernels.dropout import keep_mask
-from tenon.kernels.low_rank import LoraGroup, LoraMember, LoraPart, LowRank, Routes, site_table
+from tenon.kernels.low_rank import LoraGroup, LoraMember, LoraPart, LowRank, Routes, site_table, whole
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The interpreter cuts bf16 off instead of rounding it.
@@ -172,6 +172,16 @@ def _group(site: Site, slot: int, rank: int, draw: Draw, drop: float) -> LoraGro
         at = stop
     a_RD, grad_a_RD = (x[a].view(len(modules) * rank, site.inputs) for x in (values, gradients))
     return LoraGroup(a_RD, grad_a_RD, tuple(members), drop, 11 + slot)
+
+
+def reader_of(tokens: Tokens, inputs: int, draw: Draw) -> LowRank:
+    """The additions of one slot that rides, for what leaves room behind its rows: only their width matters there."""
+    return make_slots(Site((20,), inputs, (16, 16)), [(0, count(tokens))], draw, rides=True).low
+
+
+def tail_is_untouched(x_TC: Tensor, reader: LowRank | None) -> bool:
+    """Whether the room behind the rows holds what the poisoned memory held; True where there is none."""
+    return reader is None or bool(whole(x_TC, reader)[:, x_TC.shape[1] :].isnan().all())
 
 
 def activations(low: LowRank, tokens: Tokens, draw: Draw) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tenon.kernels.low_rank import Addend, LowRank, Sum, whole
+from tenon.kernels.low_rank import Addend, Sum
 from tenon.kernels.rms_norm import add_norm, add_norm_backward
 from tests.gpu.kit import (
     LONG,
@@ -23,6 +23,8 @@ from tests.gpu.kit import (
     exact_forward,
     fits_here,
     make_slots,
+    reader_of,
+    tail_is_untouched,
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -42,15 +44,6 @@ def exact_norm_backward(dn_TD: Tensor, x_TD: Tensor, gain_D: Tensor) -> Tensor:
     y = gain_D.double() * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
     (dx,) = torch.autograd.grad(y, x, dn_TD.double())
     return dx
-
-
-def reader_of(tokens: Tokens, width: int, draw: Draw) -> LowRank:
-    """The additions of a slot that rides: only the width of its low-rank activations matters here."""
-    return make_slots(Site((20,), width, (16, 16)), [(0, count(tokens))], draw, rides=True).low
-
-
-def tail_is_untouched(x_TD: Tensor, reader: LowRank | None) -> bool:
-    return reader is None or bool(whole(x_TD, reader)[:, x_TD.shape[1] :].isnan().all())
 
 
 @pytest.mark.parametrize("rides", [False, True])
