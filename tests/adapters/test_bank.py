@@ -105,26 +105,45 @@ def test_a_rank_that_does_not_fit_is_refused_with_those_that_do(module: str, ran
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_every_parameter_belongs_to_exactly_one_matrix(data: st.DataObject) -> None:
-    """Whatever ranks and targets: A matrices first, then B, no gap, no overlap, and stacks are one view."""
+    """Whatever ranks and targets: A matrices first, then B, no overlap, nothing between them but the zeros that fill
+    ranks up, and stacks are one view.
+    """
     names = [site_name(layer, module) for layer in range(3) for module in MODULE_PATHS]
     chosen = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
-    shape = SlotShape({site: SiteShape(data.draw(st.integers(1, 5)), 1.0) for site in chosen})
+    shape = SlotShape({site: SiteShape(data.draw(st.integers(1, 10)), 1.0) for site in chosen})
     bank = empty_bank()
     slot = bank.slots[bank.add("x", shape, trained=True)]
     for number, (a_RD, b_OR) in enumerate(slot.matrices().values(), start=1):
         a_RD.add_(number)
         b_OR.add_(-number)
-    assert bool((slot.parameters_P[: slot.a_parameters] > 0).all())
-    assert bool((slot.parameters_P[slot.a_parameters :] < 0).all())
-    assert slot.parameters_P.numel() == sum(a.numel() + b.numel() for a, b in slot.matrices().values())
+    halves = slot.parameters_P[: slot.a_parameters], slot.parameters_P[slot.a_parameters :]
+    assert bool((halves[0] >= 0).all()) and bool((halves[1] <= 0).all())
+    for half, mine in zip(halves, zip(*slot.matrices().values(), strict=True), strict=True):
+        assert int(half.count_nonzero()) == sum(matrix.numel() for matrix in mine)
+        assert half.numel() == sum(
+            -(-shape.sites[site].rank // 8) * 8 * (m.numel() // shape.sites[site].rank)
+            for site, m in zip(slot.matrices(), mine, strict=True)
+        )
     seen = 0
     for (layer, stack), group in slot.groups.items():
         own = [site_name(layer, module) for module in STACKS[stack] if site_name(layer, module) in shape.sites]
-        expected = torch.cat([slot.matrices()[site][0] for site in own])
-        assert torch.equal(group.a_RD, expected) and len(group.members) == len(own)
-        assert group.members[-1].rank_stop == expected.shape[0]
+        assert len(group.members) == len(own) and group.members[-1].rank_stop == group.a_RD.shape[0]
+        for site, m in zip(own, group.members, strict=True):
+            a_RD, b_OR = slot.matrices()[site]
+            rank = shape.sites[site].rank
+            assert torch.equal(group.a_RD[m.rank_start : m.rank_start + rank], a_RD) and not m.rank_start % 8
+            assert torch.equal(m.b_OR[:, :rank], b_OR) and not m.b_OR[:, rank:].any()
+            assert not group.a_RD[m.rank_start + rank : m.rank_stop].any()
         seen += len(own)
     assert seen == len(chosen)
+
+
+def test_ordinary_ranks_are_stored_as_they_are() -> None:
+    for rank in (8, 16):
+        bank = empty_bank()
+        slot = bank.slots[bank.add("x", slot_shape(FACTS, rank=rank), trained=True)]
+        assert slot.parameters_P.numel() == sum(a.numel() + b.numel() for a, b in slot.matrices().values())
+        assert all(matrix.is_contiguous() for pair in slot.matrices().values() for matrix in pair)
 
 
 def test_refresh_brings_the_shadow_copy_up_to_date_in_bf16() -> None:
@@ -145,11 +164,11 @@ def test_initialise_and_fill_refresh_by_themselves(tmp_path: Path) -> None:
     slot = bank.slots[bank.add("x", slot_shape(FACTS, rank=4), trained=True)]
     initialise(slot, "gaussian", 3)
     a_RD = slot.matrices()[site_name(0, "o_proj")][0].clone()
-    assert torch.equal(slot.groups[0, "o"].a_RD, a_RD.bfloat16()) and bool(a_RD.any())
+    assert torch.equal(slot.groups[0, "o"].a_RD[:4], a_RD.bfloat16()) and bool(a_RD.any())
     write_adapter(tmp_path, slot, base="b")
     initialise(slot, "gaussian", 4)
     fill_slot(slot, read_adapter(tmp_path))
-    assert torch.equal(slot.groups[0, "o"].a_RD, a_RD.bfloat16())
+    assert torch.equal(slot.groups[0, "o"].a_RD[:4], a_RD.bfloat16())
     assert torch.equal(slot.matrices()[site_name(0, "o_proj")][0], a_RD)
 
 

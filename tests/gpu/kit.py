@@ -20,7 +20,7 @@ from tenon.batch import NO_SLOT, Segment
 from tenon.data.pack import list_routes, slot_routes, upload
 from tenon.kernels.blocks_triton import TILE
 from tenon.kernels.dropout import keep_mask
-from tenon.kernels.low_rank import LoraGroup, LoraMember, LoraPart, LowRank, Routes, site_table, whole
+from tenon.kernels.low_rank import RANK_STEP, LoraGroup, LoraMember, LoraPart, LowRank, Routes, site_table, whole
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The interpreter cuts bf16 off instead of rounding it.
@@ -109,11 +109,18 @@ class Draw:
 
 @dataclass(frozen=True)
 class Site:
-    """Slots at one stacked weight: their ranks at each module, its inputs, its modules' outputs."""
+    """Slots at one stacked weight: their ranks at each module, its inputs, its modules' outputs.
+
+    Ranks are made up to whole steps, with values that are not zero: whatever lies there must count.
+    """
 
     ranks: Sequence[int]
     inputs: int
     outs: tuple[int, ...]
+
+    @property
+    def stored(self) -> list[int]:
+        return [-(-rank // RANK_STEP) * RANK_STEP for rank in self.ranks]
 
     @property
     def outputs(self) -> int:
@@ -136,7 +143,7 @@ def make_slots(
 
     pad: with tiles and chunks of nothing behind, as padded batches have them.
     """
-    groups = [_group(site, slot, rank, draw, drop) for slot, rank in enumerate(site.ranks)]
+    groups = [_group(site, slot, rank, draw, drop) for slot, rank in enumerate(site.stored)]
     device = groups[0].a_RD.device
     segments, at = [], 0
     for slot, length in tokens:
@@ -153,15 +160,15 @@ def make_slots(
     )
     bounds = tuple(sum(site.outs[:i]) for i in range(len(site.outs) + 1))
     width = -(-max(group.a_RD.shape[0] for group in groups) // 16) * 16
-    low = LowRank(parts, bounds, width, max(site.ranks), routes, site_table(groups, device), rides)
+    low = LowRank(parts, bounds, width, max(site.stored), routes, site_table(groups, device), rides)
     return Slots(low, groups)
 
 
 def _group(site: Site, slot: int, rank: int, draw: Draw, drop: float) -> LoraGroup:
     modules = [i for i in range(len(site.outs)) if not (slot == 1 and i == 1)]
-    total = 1 + len(modules) * rank * site.inputs + sum(rank * site.outs[i] for i in modules)
+    total = RANK_STEP + len(modules) * rank * site.inputs + sum(rank * site.outs[i] for i in modules)
     values, gradients = draw(total, scale=0.1), torch.full((total,), 0.5, device=draw(1).device)
-    a = slice(1, 1 + len(modules) * rank * site.inputs)
+    a = slice(RANK_STEP, RANK_STEP + len(modules) * rank * site.inputs)
     members, at = [], a.stop
     for place, i in enumerate(modules):
         out = sum(site.outs[:i])

@@ -99,8 +99,8 @@ def test_layers_below_the_lowest_adapted_one_keep_nothing() -> None:
 
 
 def test_slots_of_a_run() -> None:
-    several = all_modules(LLAMA_8B, 8, 20)
-    assert several == Adapted(widths=(64, 32, 48, 32), rank=20, lowest=0, slots=2, rides=False)
+    several = all_modules(LLAMA_8B, 8, 20)  # 20 is stored as 24
+    assert several == Adapted(widths=(80, 32, 48, 32), rank=24, lowest=0, slots=2, rides=False)
     assert not all_modules(LLAMA_8B, 16, dropout=True).rides and all_modules(LLAMA_8B, 16).rides
     planned = plan_of("lora.targets=qv", "lora.layers=10-", "lora.rank=24").slots[0].lora
     assert adapted_by([planned]) == Adapted(widths=(48, 0, 0, 0), rank=24, lowest=10, slots=1, rides=True)

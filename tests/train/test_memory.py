@@ -234,7 +234,7 @@ def test_a_limit_is_kept_to_and_set(tmp_path: Path, undisturbed: dict[str, torch
 
 def test_fewer_tokens_at_once_only_where_no_way_fits(tmp_path: Path) -> None:
     world = World(tmp_path / "a")
-    room = round((peak(world.slots, 0, 0, 6, 0) + coming_bytes(world)) / 0.98) - 5000
+    room = round(peak(world.slots, 0, 0, 6, 0) / 0.98 + coming_bytes(world)) - 5000
     world = World(tmp_path / "b", room_bytes=room)
     world.trainer.run()
     assert world.decisions()[0][0] == 32

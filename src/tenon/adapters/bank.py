@@ -6,7 +6,11 @@ Each slot keeps all of its matrices in one flat fp32 tensor (first every A, then
 So an optimiser step, a norm, a check for NaN and a checkpoint are operations on one tensor, and a slot's state never
 mixes with another's. When the decoder computes in another dtype, a shadow copy in that dtype is refreshed by `refresh`.
 
-Shape legend: D inputs, O outputs, R rank, P parameters of a slot, T tokens.
+Matrices are stored with their rank rounded up to a multiple of RANK_STEP, so that every row begins at 16 bytes, which
+products read several times faster. The rows of A and the columns of B that this adds are zero, and stay it: their
+gradients are sums of products with zeros, and an exact optimiser leaves a zero without gradient where it is.
+
+Shape legend: D inputs, O outputs, R rank, S stored rank, P stored elements of a slot, T tokens.
 This module does not know optimisers, files, or what a slot is for.
 """
 
@@ -14,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,7 +27,7 @@ from torch import Tensor
 from tenon.bases.facts import STACKS, ModelFacts, parse_site, site_name
 from tenon.batch import Batch
 from tenon.errors import AdapterError
-from tenon.kernels.low_rank import LoraGroup, LoraMember, LoraPart, LowRank, Routes, site_table
+from tenon.kernels.low_rank import RANK_STEP, LoraGroup, LoraMember, LoraPart, LowRank, Routes, site_table
 from tenon.models.decoder import Rider
 
 Initialisation = Literal["kaiming", "gaussian", "orthogonal"]
@@ -49,28 +53,30 @@ class SlotShape:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where one site's matrices lie in the flat tensor."""
+    """Where one site's matrices lie in the flat tensor. stored: the rank that they are stored with."""
 
     a_start: int
     b_start: int
     rank: int
+    stored: int
     inputs: int
     outputs: int
 
     def a(self, flat_P: Tensor) -> Tensor:
-        """A (R, D), a view."""
-        return flat_P[self.a_start : self.a_start + self.rank * self.inputs].view(self.rank, self.inputs)
+        """A as it is stored (S, D), a view."""
+        return flat_P[self.a_start : self.a_start + self.stored * self.inputs].view(self.stored, self.inputs)
 
     def b(self, flat_P: Tensor) -> Tensor:
-        """B (O, R), a view."""
-        return flat_P[self.b_start : self.b_start + self.rank * self.outputs].view(self.outputs, self.rank)
+        """B as it is stored (O, S), a view."""
+        return flat_P[self.b_start : self.b_start + self.stored * self.outputs].view(self.outputs, self.stored)
 
 
 class Slot:
     """One adapter in the bank.
 
     parameters_P, gradients_P: flat fp32; gradients_P is None for a slot that is only used. a_parameters: how many of
-    the first elements belong to A matrices (LoRA+ gives the rest another learning rate). version: counts refreshes.
+    the first elements belong to A matrices as they are stored (LoRA+ gives the rest another learning rate). version:
+    counts refreshes.
     """
 
     def __init__(
@@ -90,7 +96,7 @@ class Slot:
         return min(layer for layer, _ in self.groups)
 
     def matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """For each site its fp32 A (R, D) and B (O, R), views of the flat parameters."""
+        """For each site its fp32 A (R, D) and B (O, R), views of the flat parameters. Rows of B may lie apart."""
         return self.views(self.parameters_P)
 
     def site_gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -103,7 +109,14 @@ class Slot:
 
     def views(self, flat_P: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """For each site A (R, D) and B (O, R) as views of a tensor that is laid out like the flat parameters."""
-        return {site: (p.a(flat_P), p.b(flat_P)) for site, p in self._places.items()}
+        return {site: (p.a(flat_P)[: p.rank], p.b(flat_P)[:, : p.rank]) for site, p in self._places.items()}
+
+    def clear_filling(self) -> None:
+        """Zero what fills ranks up, after an update that is not exact at zero."""
+        for place in self._places.values():
+            if place.stored > place.rank:
+                place.a(self.parameters_P)[place.rank :].zero_()
+                place.b(self.parameters_P)[:, place.rank :].zero_()
 
     def refresh(self) -> None:
         """Bring the shadow copy in the compute dtype up to date; call after the parameters changed."""
@@ -112,20 +125,20 @@ class Slot:
             self._compute_P.copy_(self.parameters_P)
 
     def group_member(self, site: str) -> tuple[_Place, Tensor, Tensor | None]:
-        """Place, compute-dtype B, and gradient of B of one site."""
+        """Place, compute-dtype B, and gradient of B of one site, as they are stored."""
         place = self._places[site]
         return place, place.b(self._compute_P), None if self.gradients_P is None else place.b(self.gradients_P)
 
     def stacked_a(self, sites: list[str]) -> tuple[Tensor, Tensor | None]:
-        """The A matrices of neighbouring sites as one (sum of ranks, D) view, and its gradient."""
+        """The A matrices of neighbouring sites as one (sum of stored ranks, D) view, and its gradient."""
         first = self._places[sites[0]]
-        rank = sum(self._places[s].rank for s in sites)
-        whole = _Place(first.a_start, 0, rank, first.inputs, 0)
+        stored = sum(self._places[s].stored for s in sites)
+        whole = replace(first, stored=stored)
         return whole.a(self._compute_P), None if self.gradients_P is None else whole.a(self.gradients_P)
 
 
 def _lay_out(shape: SlotShape, facts: ModelFacts) -> tuple[dict[str, _Place], int, int]:
-    """Places of all sites, the number of A parameters, and of all parameters. Sites of a stack are neighbours."""
+    """Places of all sites, the stored elements of all A, and of all matrices. Sites of a stack are neighbours."""
     ordered = [
         site_name(layer, module)
         for layer in range(facts.layers)
@@ -142,7 +155,7 @@ def _lay_out(shape: SlotShape, facts: ModelFacts) -> tuple[dict[str, _Place], in
             hint="the adapter belongs to another base; choose its own base, or other targets",
         )
     sizes = {site: facts.linear_shape(parse_site(site)[1]) for site in ordered}
-    a_total = sum(shape.sites[site].rank * sizes[site][1] for site in ordered)
+    a_total = sum(_stored(shape.sites[site].rank) * sizes[site][1] for site in ordered)
     places, a_next, b_next = {}, 0, a_total
     for site in ordered:
         rank, (outputs, inputs) = shape.sites[site].rank, sizes[site]
@@ -152,9 +165,14 @@ def _lay_out(shape: SlotShape, facts: ModelFacts) -> tuple[dict[str, _Place], in
                 f"rank {rank} does not fit {site}, a {outputs} x {inputs} matrix",
                 hint=f"choose a rank from 1 to {min(outputs, inputs)}",
             )
-        places[site] = _Place(a_next, b_next, rank, inputs, outputs)
-        a_next, b_next = a_next + rank * inputs, b_next + rank * outputs
+        stored = _stored(rank)
+        places[site] = _Place(a_next, b_next, rank, stored, inputs, outputs)
+        a_next, b_next = a_next + stored * inputs, b_next + stored * outputs
     return places, a_total, b_next
+
+
+def _stored(rank: int) -> int:
+    return -(-rank // RANK_STEP) * RANK_STEP
 
 
 def _make_groups(slot: Slot, facts: ModelFacts) -> dict[tuple[int, str], LoraGroup]:
@@ -169,7 +187,7 @@ def _make_groups(slot: Slot, facts: ModelFacts) -> dict[tuple[int, str], LoraGro
                 if site not in slot.shape.sites:
                     continue
                 place, b_OR, grad_b_OR = slot.group_member(site)
-                rank_stop = rank_start + place.rank
+                rank_stop = rank_start + place.stored
                 scale = slot.shape.sites[site].scale
                 members.append(LoraMember(b_OR, grad_b_OR, out_start, out, rank_start, rank_stop, scale, index))
                 sites.append(site)

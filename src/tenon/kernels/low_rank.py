@@ -38,7 +38,7 @@ from tenon.kernels.dropout import dropout, keep_mask
 @dataclass(frozen=True, slots=True)
 class LoraMember:
     """One module of the stacked weight: b_OR writes outputs [out_start, out_stop) from ranks [rank_start,
-    rank_stop). index: which module of the stack it is.
+    rank_stop). index: which module of the stack it is. Fused kernels want ranks of whole RANK_STEP.
     """
 
     b_OR: Tensor
@@ -53,7 +53,10 @@ class LoraMember:
 
 @dataclass(frozen=True, slots=True)
 class LoraGroup:
-    """One slot's matrices at one stacked weight. Gradients are None when the slot is only used, not trained."""
+    """One slot's matrices at one stacked weight. Gradients are None when the slot is only used, not trained.
+
+    Fused kernels want every matrix and gradient to begin at 16 bytes.
+    """
 
     a_RD: Tensor
     grad_a_RD: Tensor | None
@@ -117,6 +120,8 @@ class LowRank:
 _LONG_TOKENS = 2048
 # Elements of a line of memory, in half precision.
 LINE = 64
+# Ranks are stored in multiples of this: rows of 16 bytes in half precision, what fast products and loads take.
+RANK_STEP = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +183,8 @@ def _site_fields(group: LoraGroup) -> list[int]:
         at = blocks.MEMBERS_AT + blocks.MEMBER_FIELDS * m.index
         grad_b = 0 if m.grad_b_OR is None else m.grad_b_OR.data_ptr()
         rank = m.rank_stop - m.rank_start
-        fields[at : at + 5] = [m.b_OR.data_ptr(), grad_b, rank, m.rank_start, _float_bits(m.scale)]
+        assert rank % RANK_STEP == m.rank_start % RANK_STEP == 0, "kernels read whole steps of ranks"
+        fields[at : at + blocks.MEMBER_FIELDS] = [m.b_OR.data_ptr(), grad_b, rank, m.rank_start, _float_bits(m.scale)]
     return fields
 
 

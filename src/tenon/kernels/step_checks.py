@@ -24,7 +24,7 @@ from tenon.kernels.swiglu import swiglu, swiglu_backward
 # (slot, first token, the one after the last); -1: of no slot.
 _RUNS = ((0, 0, 70), (-1, 70, 75), (1, 75, 140))
 _T, _CHUNK = 140, 64
-_RANKS = (16, 5)
+_RANKS = (16, 8)
 _D, _F, _V = 80, 144, 1_000
 _HEADS, _KV_HEADS, _SIZE = 3, 1, 16
 _QKV = (_HEADS * _SIZE, _KV_HEADS * _SIZE, _KV_HEADS * _SIZE)

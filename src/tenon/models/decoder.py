@@ -23,7 +23,7 @@ from tenon.bases.facts import MODULE_PATHS, STACKS, ModelFacts
 from tenon.batch import Batch
 from tenon.kernels.blocks_triton import TILE
 from tenon.kernels.gpu import can_fuse
-from tenon.kernels.low_rank import LoraGroup, LowRank, Routes, Sum
+from tenon.kernels.low_rank import RANK_STEP, LoraGroup, LowRank, Routes, Sum
 from tenon.kernels.nf4 import Nf4Weight
 from tenon.kernels.rms_norm import add_norm, add_norm_backward
 from tenon.kernels.rotary import HeadShape, Rotation
@@ -101,7 +101,8 @@ class Decoder:
         self._fp8 = compute_fp8, fp8_twice
         self.fuse = can_fuse(device, dtype) if fuse is None else fuse
         self._packs = True
-        self._ride_rank = ride_rank if self.fuse and kind == "dense" and sharing is None else 0
+        rides = self.fuse and kind == "dense" and sharing is None
+        self._ride_rank = -(-ride_rank // RANK_STEP) * RANK_STEP if rides else 0
         self._rider: tuple[int, int] | None = None
         self.embedding_VD = self._empty(facts.vocab, facts.hidden)
         self.head_VD = self.embedding_VD if facts.tied_head else self._empty(facts.vocab, facts.hidden)

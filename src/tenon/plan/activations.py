@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tenon.bases.facts import STACKS, ModelFacts, parse_site
-from tenon.plan.memory import PRECISION_BYTES, dequantised_bytes
+from tenon.plan.memory import PRECISION_BYTES, dequantised_bytes, stored_rank
 from tenon.plan.values import LEVELS, Frozen, Level, LoraPlan, Precision
 
 # Low-rank activations come in rows of whole sixteens, rows with a tail in whole lines of 64 elements.
@@ -57,11 +57,11 @@ def adapted(slots: Sequence[Mapping[str, int]], *, dropout: bool) -> Adapted:
             for site, rank in ranks.items():
                 layer, module = parse_site(site)
                 if module in modules:
-                    of_layer[layer] = of_layer.get(layer, 0) + rank
+                    of_layer[layer] = of_layer.get(layer, 0) + stored_rank(rank)
             widths[stack] = max(widths[stack], _multiple(max(of_layer.values(), default=0), _LOW_MULTIPLE))
     return Adapted(
         widths=(widths["qkv"], widths["o"], widths["gate_up"], widths["down"]),
-        rank=max(rank for ranks in slots for rank in ranks.values()),
+        rank=max(stored_rank(rank) for ranks in slots for rank in ranks.values()),
         lowest=min(parse_site(site)[0] for ranks in slots for site in ranks),
         slots=len(slots),
         rides=len(slots) == 1 and not dropout,

@@ -22,6 +22,8 @@ STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "sgd": 0}
 PROCESS_BYTES = {"cpu": 600_000_000, "cuda": 1_200_000_000}
 # Borders have room for whole sixteens of ranks, and rows begin at whole lines of 64 elements.
 _BORDER_RANKS, _LINE = 16, 64
+# Ranks are stored in multiples of this: kernels.low_rank.RANK_STEP.
+_RANK_STEP = 8
 # Share of what may be used that a plan may fill; the rest is fragmentation and the operating system.
 USABLE_SHARE = 0.9
 
@@ -39,14 +41,25 @@ def adapter_parameters(facts: ModelFacts, lora: LoraPlan) -> int:
     return sum(lora.rank * sum(facts.linear_shape(parse_site(site)[1])) for site in lora.sites)
 
 
+def stored_rank(rank: int) -> int:
+    """The rank that matrices are stored with: see `adapters.bank`."""
+    return _multiple(rank, _RANK_STEP)
+
+
+def stored_parameters(facts: ModelFacts, lora: LoraPlan) -> int:
+    """Elements of one slot as it lies in memory, with the zeros that fill its ranks up."""
+    return adapter_parameters(facts, lora) // lora.rank * stored_rank(lora.rank)
+
+
 def gradient_bytes(facts: ModelFacts, lora: LoraPlan) -> int:
     """The gradient of one slot, fp32."""
-    return 4 * adapter_parameters(facts, lora)
+    return 4 * stored_parameters(facts, lora)
 
 
 def checkpoint_bytes(facts: ModelFacts, lora: LoraPlan, optimizer: OptimizerPlan) -> int:
     """Adapter and optimiser state of one slot on disk."""
-    return adapter_parameters(facts, lora) * (4 + state_bytes(optimizer)) + 100_000
+    state = stored_parameters(facts, lora) * state_bytes(optimizer)
+    return 4 * adapter_parameters(facts, lora) + state + 100_000
 
 
 def trained_layers(facts: ModelFacts, lora: LoraPlan) -> int:
@@ -90,7 +103,7 @@ def border_bytes(facts: ModelFacts, precision: Precision, rank: int) -> int:
     more = 0
     for stack, modules in STACKS.items():
         outputs, inputs = facts.stack_shape(stack)
-        border = _multiple(len(modules) * rank, _BORDER_RANKS)
+        border = _multiple(len(modules) * stored_rank(rank), _BORDER_RANKS)
         more += (outputs + border) * _multiple(inputs + border, _LINE) - outputs * inputs
     return more * facts.layers * PRECISION_BYTES[precision]
 
@@ -110,7 +123,7 @@ def resident_terms(
         base += border_bytes(facts, precision, slots[0][0].rank)
     shadow = 0 if precision == "fp32" else PRECISION_BYTES[precision]
     adapters = sum(
-        adapter_parameters(facts, lora) * (4 + 4 + state_bytes(optimizer) + shadow) for lora, optimizer in slots
+        stored_parameters(facts, lora) * (4 + 4 + state_bytes(optimizer) + shadow) for lora, optimizer in slots
     )
     return (
         MemoryTerm("base" if shards == 1 else f"1/{shards} of the base", base),

@@ -71,11 +71,23 @@ def read_state(folder: Path, slots: Sequence[SlotTraining]) -> SavedOptions:
     for training in slots:
         own = state["slots"][training.plan.name]
         read_slot_weights(folder, training)
-        training.optimizer.load_state(load_file(folder / training.plan.name / OPTIMIZER_NAME))
+        _read_optimizer(folder / training.plan.name / OPTIMIZER_NAME, training)
         training.cursor = Cursor(**own["cursor"])
         training.best = Best(**own["best"]) if own["best"] else None
         training.validated, training.ended = own["validated"], own["ended"]
     return SavedOptions(float(state["loss_scale"]), int(state["micro_tokens"]))
+
+
+def _read_optimizer(path: Path, training: SlotTraining) -> None:
+    try:
+        training.optimizer.load_state(load_file(path))
+    except ValueError as error:
+        raise RunError(
+            "run-checkpoint",
+            f"{path} does not fit the slot {training.plan.name}",
+            got=str(error),
+            hint="it was written by another version or for other ranks; start a new run",
+        ) from error
 
 
 def read_slot_weights(folder: Path, training: SlotTraining) -> None:

@@ -13,6 +13,9 @@ from tenon.adapters.bank import Slot
 from tenon.errors import PlanError
 from tenon.plan.values import OptimizerPlan
 
+# Tensors of a state that have an element for each parameter.
+_LIKE_PARAMETERS = {"exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2"}
+
 
 class SlotOptimizer:
     """Clips and applies a slot's flat gradient, `gradients_P`."""
@@ -55,6 +58,9 @@ class SlotOptimizer:
         a, b = self._optimizer.param_groups
         a["lr"], b["lr"] = self._plan.lr * factor, self._plan.lr * self._plan.b_ratio * factor
         self._optimizer.step()
+        if self._plan.kind == "adamw8bit":
+            # Its moments are rounded to codes, zero not always to that of zero.
+            self._slot.clear_filling()
         self.gradients_P.zero_()
         self._slot.refresh()
 
@@ -71,9 +77,12 @@ class SlotOptimizer:
         return named
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take up a state that `state` gave."""
+        """Take up a state that `state` gave. Raises ValueError for one of a slot of another size."""
         for name, half in zip("ab", self._halves(), strict=True):
             own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+            for key in _LIKE_PARAMETERS & set(own):
+                if own[key].shape != half.shape:
+                    raise ValueError(f"{name}.{key} has {own[key].numel()} elements, the slot {half.numel()}")
             if own:
                 # torch's fused AdamW keeps its step count beside the parameters; other tensors follow them too.
                 self._optimizer.state[half] = {k: _restored(v, half.device) for k, v in own.items()}
