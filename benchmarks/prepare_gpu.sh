@@ -19,7 +19,7 @@ PEERS='unsloth==2026.10.9 unsloth_zoo==2026.10.9 trl==1.15.0 liger-kernel==0.8.5
   typeguard==4.6.0 json5==0.17.3 nest_asyncio==1.6.0 structlog==26.1.0 msgspec==0.22.0 multiprocess==0.70.19 dill==0.4.1
   torchao==0.18.0 pydantic==2.14.3 pydantic_core==2.50.4 annotated_types==0.8.0 typing_inspection==0.4.5'
 OURS='pydantic==2.14.4 pydantic_core==2.50.5 annotated_types==0.8.0 typing_inspection==0.4.5 typing_extensions==4.16.0
-  orjson==3.13.0 gguf==0.19.0'
+  orjson==3.13.0 gguf==0.19.0 nvidia-cudnn-frontend==1.18.0'
 
 # fetch NAME REQUIREMENT…: wheels for the GPU machine's Python, unpacked into one folder.
 fetch() {

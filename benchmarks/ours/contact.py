@@ -31,7 +31,7 @@ from tenon.plan.time import flops_per_token
 from tenon.plan.values import Frozen, MachineFacts, OptimizerPlan
 from tenon.ranks.group import ALONE, Ranks
 from tenon.train.graph import StepGraphs
-from tenon.train.memory import LIBRARY_BYTES, GpuMemory, Limits, layer_keeps, room_of
+from tenon.train.memory import LIBRARY_BYTES, GpuMemory, Limits, layer_keeps, room_of, with_attention_room
 from tenon.train.optimizers import SlotOptimizer
 from tenon.train.step import StepOptions, WindowLoss, accumulate_window, add_up
 
@@ -185,6 +185,7 @@ def fitted_options(decoder: Decoder, bank: AdapterBank, spec: Spec) -> StepOptio
             "cuda",
             "bf16",
             Frozen(format=kind, fp8_compute=fp8 or compute_fp8, fp8_twice=fp8),
+            longest_tokens=row_tokens,
         ),
         machine=_machine(decoder.device),
         longest_tokens=row_tokens,
@@ -194,14 +195,18 @@ def fitted_options(decoder: Decoder, bank: AdapterBank, spec: Spec) -> StepOptio
         levels=may_keep("auto", "cuda"),
     )
     limit = None if spec.memory_gb is None else round(spec.memory_gb * 1e9)
+    memory = GpuMemory(decoder.device)
+    usable = memory.held_bytes() + memory.free_bytes()
+    steps = with_attention_room(steps, usable if limit is None else min(usable, limit))
     limits = Limits(limit, host_room_bytes(steps.machine))
     # AdamW makes both moments with its first step.
     coming = sum(8 * slot.parameters_P.numel() for slot in bank.slots.values())
-    room = room_of(GpuMemory(decoder.device), limits, coming_bytes=coming, libraries_bytes=LIBRARY_BYTES)
+    room = room_of(memory, limits, coming_bytes=coming, libraries_bytes=LIBRARY_BYTES)
     chosen = choose_keeping(steps, room)
     used = torch.cuda.memory_allocated(decoder.device) + coming + chosen.peak_bytes
     print(describe_use(chosen.keeping, used, limit or used), file=sys.stderr)
-    return step_options(chosen.keeping.micro_tokens, layer_keeps(chosen.keeping, decoder.facts.layers))
+    keep = layer_keeps(chosen.keeping, decoder.facts.layers)
+    return replace(step_options(chosen.keeping.micro_tokens, keep), attention_bytes=steps.of.attention_bytes)
 
 
 def _machine(device: torch.device) -> MachineFacts:

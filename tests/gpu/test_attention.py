@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from tenon.batch import PackedRows
+from tenon.kernels import attention_cudnn
 from tenon.models import flash
+from tenon.models.flash import CudnnTape, FlashTape, RowAttention
 from tests.gpu.kit import INTERPRETED, Draw, Judge
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="attention is torch's own")
 # Query heads, key/value heads, their size.
 HEADS = [(9, 3, 64), (32, 8, 128), (4, 4, 80), (4, 1, 256)]
-ANY, EQUAL, SHORT = (1, 63, 64, 65, 300), (512, 512), (37, 37, 37)
+ANY, EQUAL, SHORT, EMPTY = (1, 63, 64, 65, 300), (512, 512), (37, 37, 37), (0, 150, 0, 77, 0)
+ROOM = 4_000_000_000
 
 
 def rows_of(lengths: tuple[int, ...], device: torch.device) -> PackedRows:
@@ -39,7 +42,7 @@ def exact(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, scale: f
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("window", [0, 1, 50])
-@pytest.mark.parametrize("lengths", [ANY, EQUAL, SHORT, (1,)], ids=str)
+@pytest.mark.parametrize("lengths", [ANY, EQUAL, SHORT, EMPTY, (1,)], ids=str)
 @pytest.mark.parametrize(("heads", "kv", "size"), HEADS)
 def test_forward_and_gradients(
     heads: int,
@@ -54,24 +57,72 @@ def test_forward_and_gradients(
     if not flash.fits(device, dtype, size):
         pytest.skip("no such kernel here")
     draw, tokens, scale = Draw(heads, dtype, device), sum(lengths), size**-0.5
-    q, k, v = draw(tokens, heads, size), draw(tokens, kv, size), draw(tokens, kv, size)
-    out, tape = flash.attend(q, k, v, rows_of(lengths, device), scale=scale, window=window, record=True)
-    assert tape is not None
-    dense = isinstance(tape, flash.DenseTape)
-    assert dense == (lengths == EQUAL and size <= 128 and window == 0)
-    d_out = draw(tokens, heads, size)
-    grads = tape.backward(d_out)
+    # Side by side, as the stacked projection makes them.
+    q, k, v = draw(tokens, heads + 2 * kv, size).split([heads, kv, kv], dim=1)
+    d_out, rows = draw(tokens, heads, size), rows_of(lengths, device)
     inputs = [x.double().requires_grad_() for x in (q, k, v)]
     wanted = exact(inputs[0], inputs[1], inputs[2], lengths, scale=scale, window=window)
-    name = "attention, cuDNN" if dense else "attention, flash"
-    # The probabilities are rounded before they are multiplied, and on the way back their gradients.
-    judge(name, out, wanted.detach(), roundings=4)
-    for side, found, right in zip("qkv", grads, torch.autograd.grad(wanted, inputs, d_out.double()), strict=True):
-        if window == 1 or lengths == (1,):
-            # A token that sees itself alone has one probability, 1: queries and keys get no gradient but rounding.
-            assert side == "v" or float(found.double().norm()) <= 0.05 * float(d_out.double().norm())
-        if side == "v" or (window != 1 and lengths != (1,)):
-            judge(f"{name}, d{side}", found, right, roundings=12)
+    right = torch.autograd.grad(wanted, inputs, d_out.double())
+    out, tape = RowAttention(rows, ROOM).attend(q, k, v, scale=scale, window=window, record=True)
+    for name, (found, grads) in {
+        "attention, cuDNN" if isinstance(tape, CudnnTape) else "attention": (out, backward_of(tape, d_out)),
+        "attention, flash": by_flash(q, k, v, rows, d_out, scale=scale, window=window),
+    }.items():
+        # The probabilities are rounded before they are multiplied, and on the way back their gradients.
+        judge(name, found, wanted.detach(), roundings=4)
+        for side, gradient, exact_gradient in zip("qkv", grads, right, strict=True):
+            if window == 1 or lengths == (1,):
+                # A token that sees itself alone has one probability, 1: queries and keys get no gradient but rounding.
+                assert side == "v" or float(gradient.double().norm()) <= 0.05 * float(d_out.double().norm())
+            if side == "v" or (window != 1 and lengths != (1,)):
+                judge(f"{name}, d{side}", gradient, exact_gradient, roundings=12)
+
+
+@pytest.mark.parametrize("lengths", [(1000, 2048, 37, 700, 1500, 129), (2048, 2048), (600,) * 9], ids=str)
+@pytest.mark.parametrize(("heads", "kv", "size"), [(32, 8, 128), (9, 3, 64)])
+def test_the_same_bits_every_time_however_much_room(
+    heads: int, kv: int, size: int, lengths: tuple[int, ...], device: torch.device
+) -> None:
+    if not flash.fits(device, torch.bfloat16, size):
+        pytest.skip("no such kernel here")
+    draw, tokens, rows = Draw(heads, torch.bfloat16, device), sum(lengths), rows_of(lengths, device)
+    q, k, v = draw(tokens, heads + 2 * kv, size).split([heads, kv, kv], dim=1)
+    d_out, found = draw(tokens, heads, size), []
+    for room_bytes in (ROOM, ROOM, 0, 0):
+        out, tape = RowAttention(rows, room_bytes).attend(q, k, v, scale=size**-0.5, window=0, record=True)
+        found.append((out, *backward_of(tape, d_out)))
+    by_kernel = [found[:2], found[2:]] if kinds_differ(q, k, v, rows) else [found]
+    for same in by_kernel:
+        assert all(torch.equal(x, y) for other in same for x, y in zip(same[0], other, strict=True))
+    one, two = (by_flash(q, k, v, rows, d_out, scale=size**-0.5, window=0)[1] for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
+
+
+def test_on_hopper_rows_of_any_length_go_to_cudnn(device: torch.device) -> None:
+    if torch.cuda.get_device_capability(device) < (9, 0) or attention_cudnn.frontend() is None:
+        pytest.skip("older than Hopper, or without nvidia-cudnn-frontend")
+    q, k, v = Draw(0, torch.bfloat16, device)(sum(ANY), 48, 128).split([32, 8, 8], dim=1)
+    tape = RowAttention(rows_of(ANY, device), ROOM).attend(q, k, v, scale=0.1, window=0, record=True)[1]
+    assert isinstance(tape, CudnnTape)
+
+
+def backward_of(tape: CudnnTape | FlashTape | None, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    assert tape is not None
+    return tape.backward(d_out)
+
+
+def by_flash(
+    q: Tensor, k: Tensor, v: Tensor, rows: PackedRows, d_out: Tensor, *, scale: float, window: int
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    tape = FlashTape(q, k, v, rows, scale=scale, window=window)
+    return tape.out_THE, tape.backward(d_out)
+
+
+def kinds_differ(q: Tensor, k: Tensor, v: Tensor, rows: PackedRows) -> bool:
+    """Whether so little room that cuDNN has none for one head leaves a batch to flash attention."""
+    attends = (RowAttention(rows, room).attend(q, k, v, scale=1.0, window=0, record=True) for room in (ROOM, 0))
+    one, other = (type(tape) for _, tape in attends)
+    return one is not other
 
 
 def test_inference_keeps_no_tape(device: torch.device, judge: Judge) -> None:
@@ -79,6 +130,6 @@ def test_inference_keeps_no_tape(device: torch.device, judge: Judge) -> None:
         pytest.skip("no such kernel here")
     draw = Draw(0, torch.bfloat16, device)
     q, k, v = draw(1024, 8, 64), draw(1024, 2, 64), draw(1024, 2, 64)
-    out, tape = flash.attend(q, k, v, rows_of(EQUAL, device), scale=0.125, window=0, record=False)
+    out, tape = RowAttention(rows_of(EQUAL, device), ROOM).attend(q, k, v, scale=0.125, window=0, record=False)
     assert tape is None
     judge("attention, flash", out, exact(q.double(), k.double(), v.double(), EQUAL, scale=0.125, window=0), roundings=4)

@@ -8,6 +8,7 @@ of a row, N cache rows. This module knows no weights.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tenon.batch import AttentionGroup, AttentionLayout
-from tenon.models import flash
+from tenon.models.flash import RowAttention, fixed_order
 
 
 class AttentionTape(Protocol):
@@ -39,17 +40,18 @@ class Attention(Protocol):
 class PackedAttention:
     """Attention within the rows of a batch, with no cache: training, and scoring."""
 
-    def __init__(self, layout: AttentionLayout) -> None:
+    def __init__(self, layout: AttentionLayout, *, room_bytes: int = 0) -> None:
+        """room_bytes: what a backward pass on a GPU may take beside its results, if that is more than it needs."""
         self._layout = layout
+        self._packed = None if layout.packed is None else RowAttention(layout.packed, room_bytes)
 
     def attend(
         self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, *, scale: float, window: int, record: bool
     ) -> tuple[Tensor, AttentionTape | None]:
         """See `Attention.attend`; the same for every layer."""
         del layer
-        packed = self._layout.packed
-        if packed is not None:
-            return flash.attend(q_THE, k_TKE, v_TKE, packed, scale=scale, window=window, record=record)
+        if self._packed is not None:
+            return self._packed.attend(q_THE, k_TKE, v_TKE, scale=scale, window=window, record=record)
         if not record:
             return packed_attention(q_THE, k_TKE, v_TKE, self._layout, scale=scale, window=window), None
         return self._recorded(q_THE, k_TKE, v_TKE, scale=scale, window=window)
@@ -71,7 +73,8 @@ class GraphTape:
 
     def backward(self, d_out_THE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `AttentionTape.backward`."""
-        dq, dk, dv = torch.autograd.grad(self._out_THE, self._inputs, d_out_THE)
+        with fixed_order() if d_out_THE.is_cuda else nullcontext():
+            dq, dk, dv = torch.autograd.grad(self._out_THE, self._inputs, d_out_THE)
         return dq, dk, dv
 
 

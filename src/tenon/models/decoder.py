@@ -226,9 +226,15 @@ class Decoder:
         return add_norm(stream.x_TD, stream.update, self.final_norm_D, self.facts.norm_eps, fuse=self.fuse)[1]
 
     @torch.no_grad()
-    def record(self, batch: Batch, bank: Bank, keep: Sequence[Keep] | None = None) -> Recording:
-        """The same pass, kept so that it can come back. keep: what each layer leaves behind; None: all of them all."""
-        return Recording(self, batch, bank, keep or [Keep.ALL] * self.facts.layers)
+    def record(
+        self, batch: Batch, bank: Bank, keep: Sequence[Keep] | None = None, *, attention_bytes: int = 0
+    ) -> Recording:
+        """The same pass, kept so that it can come back. keep: what each layer leaves behind; None: all of them all.
+
+        attention_bytes: what attention's backward may take beside its results, if that is more than it needs.
+        """
+        attention = PackedAttention(batch.attention, room_bytes=attention_bytes)
+        return Recording(self, batch, bank, attention, keep or [Keep.ALL] * self.facts.layers)
 
     def logits(self, hidden_LD: Tensor) -> Tensor:
         """(L, V) scores of the next token, for the hidden states that need them."""
@@ -305,9 +311,9 @@ class Decoder:
 class Recording:
     """One recorded pass: its hidden states, and the way back."""
 
-    def __init__(self, decoder: Decoder, batch: Batch, bank: Bank, keep: Sequence[Keep]) -> None:
+    def __init__(self, decoder: Decoder, batch: Batch, bank: Bank, attention: Attention, keep: Sequence[Keep]) -> None:
         self._decoder = decoder
-        self._passes = decoder._passes(batch, bank, PackedAttention(batch.attention))
+        self._passes = decoder._passes(batch, bank, attention)
         self._lowest = bank.lowest_layer(batch)
         self._host = HostStore(decoder.device)
         self._tapes: list[LayerTape | None] = []

@@ -18,6 +18,11 @@ from tenon.bases.facts import STACKS, ModelFacts, parse_site
 from tenon.plan.memory import PRECISION_BYTES, dequantised_bytes, stored_rank
 from tenon.plan.values import LEVELS, Frozen, Level, LoraPlan, Precision
 
+# Where attention sums in blocks of its own: see kernels.attention_cudnn. One 64th of 80 GB takes all heads of four rows
+# of 2,048 tokens of an 8B base at once.
+ATTENTION_CAPABILITY, _ATTENTION_PARTS, _SUMMED_TOKENS = (9, 0), 64, 128
+# Of the largest GPUs.
+_PROCESSORS = 132
 # Low-rank activations come in rows of whole sixteens, rows with a tail in whole lines of 64 elements.
 _LOW_MULTIPLE, _LINE = 16, 64
 # Gradients are summed over tokens in so many chunks, and one more for each further slot; few tokens need no chunks.
@@ -74,9 +79,20 @@ def adapted_by(loras: Sequence[LoraPlan]) -> Adapted:
     return adapted(ranks, dropout=any(lora.dropout > 0 for lora in loras))
 
 
+def attention_room(usable_bytes: float, capability: tuple[int, int] | None) -> int:
+    """What attention's backward may take of a device's memory; see `Pass.attention_bytes`."""
+    fits = capability is not None and capability >= ATTENTION_CAPABILITY
+    return int(usable_bytes / _ATTENTION_PARTS) if fits else 0
+
+
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """How a batch is computed, whatever is kept of it. flash: whether attention takes rows as they lie, on a GPU."""
+    """How a batch is computed, whatever is kept of it.
+
+    flash: whether attention takes rows as they lie, on a GPU. attention_bytes: what its backward may take beside its
+    results, if that is more than it needs; 0 where there is no kernel that has a use for it (see `attention_room`).
+    longest_tokens: no row has more.
+    """
 
     facts: ModelFacts
     slots: Adapted
@@ -84,6 +100,8 @@ class Pass:
     precision: Precision
     frozen: Frozen
     flash: bool = True
+    attention_bytes: int = 0
+    longest_tokens: int = 2048
 
     @property
     def fused(self) -> bool:
@@ -235,7 +253,15 @@ class Activations:
             return own + self._row(self._o)
         # Flash attention sums dq in fp32, and makes dk and dv for each query head.
         repeated = 2 * self._row(self._q) if self._k != self._q else 0.0
-        return own + repeated + 4.0 * self.tokens * (self._q + 2 * self._of.facts.heads)
+        sums, heads = 4.0 * self.tokens * self._q, self._of.facts.heads
+        least = repeated + sums + 8.0 * self.tokens * heads
+        if self._of.attention_bytes:
+            # cuDNN sums dq apart for each block of a row's tokens, of as many heads at once as there is room for.
+            blocks = min(self.tokens, self._of.longest_tokens) / _SUMMED_TOKENS
+            return own + max(least, min(self._of.attention_bytes, sums * (blocks + 2)))
+        # Flash attention shares its blocks of tokens out over all processors, each with sums of its own.
+        rows = max(1, self.tokens // self._of.longest_tokens)
+        return own + least + sums * (math.ceil(_PROCESSORS / (rows * heads)) - 1)
 
     def _loss_bytes(self) -> float:
         """Both ends of the final norm, the labelled tokens' hidden states with their gradient, a chunk of logits.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from tenon.bases.facts import ModelFacts
 from tenon.errors import PlanError
-from tenon.plan.activations import Pass, adapted_by
+from tenon.plan.activations import Pass, adapted_by, attention_room
 from tenon.plan.keeping import Chosen, Room, Steps, choose_keeping, keep_same, may_keep
 from tenon.plan.memory import (
     PROCESS_BYTES,
@@ -58,7 +58,16 @@ class Load:
         """The steps with the base in one format."""
         slots = adapted_by([lora for lora, _ in self.slots])
         return Steps(
-            of=Pass(self.facts, slots, self.machine.device, self.precision, frozen, self._has_flash()),
+            of=Pass(
+                self.facts,
+                slots,
+                self.machine.device,
+                self.precision,
+                frozen,
+                self._has_flash(),
+                attention_room(usable_bytes(self.machine, self.limit_bytes), self.machine.capability),
+                max(1, self.longest_tokens),
+            ),
             machine=self.machine,
             longest_tokens=self.longest_tokens,
             step_tokens=self.step_tokens,

@@ -108,6 +108,7 @@ def _shape(batch: Batch) -> Hashable:
         len(batch.supervised_L),
         len(packed.cu_seqlens_N),
         packed.longest,
+        packed.equal,
         tuple(segment.slot for segment in batch.segments),
         len(routes.tiles_N3),
         len(routes.chunks_C3),

@@ -19,6 +19,7 @@ import torch
 from tenon.errors import TrainError
 from tenon.kernels.gpu_errors import first_line, is_out_of_memory
 from tenon.models.layer import Keep
+from tenon.plan.activations import attention_room
 from tenon.plan.fit import ROOM_SHARE
 from tenon.plan.keeping import Chosen, Room, Steps, choose_keeping, describe_use, keep_same, tighten
 from tenon.plan.memory import state_bytes
@@ -146,6 +147,7 @@ class Measured:
         self._memory.release()
         if self._limits.device_bytes is not None:
             self._memory.limit(self._limits.device_bytes)
+        self._steps = with_attention_room(self._steps, self._usable_bytes())
         room = self._room(self._libraries_bytes)
         chosen = keep_same(self._steps, options.micro_tokens, room)
         if not chosen.fits:
@@ -188,8 +190,12 @@ class Measured:
             step=step,
             **chosen.keeping.model_dump(),
         )
-        layers = self._steps.of.facts.layers
-        return replace(options, micro_tokens=chosen.keeping.micro_tokens, keep=layer_keeps(chosen.keeping, layers))
+        return replace(
+            options,
+            micro_tokens=chosen.keeping.micro_tokens,
+            keep=layer_keeps(chosen.keeping, self._steps.of.facts.layers),
+            attention_bytes=self._steps.of.attention_bytes,
+        )
 
     def _warn(self, what: str, chosen: Chosen) -> None:
         used = self._held_bytes() + chosen.peak_bytes
@@ -233,6 +239,12 @@ def room_of(memory: DeviceMemory, limits: Limits, *, coming_bytes: int, librarie
     if limits.device_bytes is not None:
         left = min(left, limits.device_bytes - memory.held_bytes())
     return Room(ROOM_SHARE * (left - coming_bytes), limits.host_bytes)
+
+
+def with_attention_room(steps: Steps, usable_bytes: float) -> Steps:
+    """The steps with the room that attention has on a device with so much memory for this process."""
+    room = attention_room(usable_bytes, steps.machine.capability)
+    return replace(steps, of=replace(steps.of, attention_bytes=room))
 
 
 def layer_keeps(keeping: Keeping, layers: int) -> tuple[Keep, ...]:

@@ -43,13 +43,14 @@ class WindowLoss:
 @dataclass(frozen=True, slots=True)
 class StepOptions:
     """micro_tokens, share_prefix: how a window is cut. keep: what each layer leaves behind for the way back; empty: all
-    of them all. loss_scale: for fp16, else 1.
+    of them all. loss_scale: for fp16, else 1. attention_bytes: see `Decoder.record`.
     """
 
     micro_tokens: int
     share_prefix: bool
     keep: tuple[Keep, ...] = ()
     loss_scale: float = 1.0
+    attention_bytes: int = 0
 
 
 def supervised_count(row: PackRow) -> int:
@@ -132,7 +133,7 @@ def gradient_of(decoder: Decoder, bank: AdapterBank, options: StepOptions) -> Wo
     """
 
     def gradient(batch: Batch, coefficient_T: Tensor) -> Tensor:
-        recording = decoder.record(batch, bank, options.keep)
+        recording = decoder.record(batch, bank, options.keep, attention_bytes=options.attention_bytes)
         index_L, hidden_TD = batch.supervised_L, recording.hidden_TD
         nll_L, d_hidden_LD = loss_and_gradient(
             hidden_TD[index_L], decoder.head_VD, batch.labels_T[index_L], coefficient_T[index_L], fuse=decoder.fuse
