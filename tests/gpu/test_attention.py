@@ -98,12 +98,19 @@ def test_the_same_bits_every_time_however_much_room(
     assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
 
 
-def test_on_hopper_rows_of_any_length_go_to_cudnn(device: torch.device) -> None:
-    if torch.cuda.get_device_capability(device) < (9, 0) or attention_cudnn.frontend() is None:
-        pytest.skip("older than Hopper, or without nvidia-cudnn-frontend")
+def test_on_hopper_rows_of_any_length_go_to_cudnn_or_it_is_said_why_not(device: torch.device) -> None:
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        pytest.skip("older than Hopper")
     q, k, v = Draw(0, torch.bfloat16, device)(sum(ANY), 48, 128).split([32, 8, 8], dim=1)
-    tape = RowAttention(rows_of(ANY, device), ROOM).attend(q, k, v, scale=0.1, window=0, record=True)[1]
-    assert isinstance(tape, CudnnTape)
+    attention = RowAttention(rows_of(ANY, device), ROOM)
+    tape = attention.attend(q, k, v, scale=0.1, window=0, record=True)[1]
+    usable = attention_cudnn.frontend() is not None
+    assert isinstance(tape, CudnnTape) == usable == (attention.problem == "") == (not attention_cudnn.missing(device))
+    # A longest row that no sums have room for is nothing that anybody could install.
+    attention = RowAttention(rows_of((16_384,), device), 0)
+    q, k, v = Draw(0, torch.bfloat16, device)(16_384, 48, 128).split([32, 8, 8], dim=1)
+    tape = attention.attend(q, k, v, scale=0.1, window=0, record=True)[1]
+    assert isinstance(tape, FlashTape) and (attention.problem == "") == usable
 
 
 def backward_of(tape: CudnnTape | FlashTape | None, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -79,6 +79,21 @@ def test_the_loss_falls_on_rows_that_are_seen_again(tmp_path: Path) -> None:
     assert len(found) == 15 and float(str(found[-1])) < 0.5 * float(str(found[0]))
 
 
+def test_attention_that_is_slower_than_it_could_be_is_said_once(tmp_path: Path) -> None:
+    ports = Ports(tmp_path)
+    decoder = tiny_decoder()
+    bank = AdapterBank(decoder.facts, dtype=torch.float32, device=CPU)
+    slots = [make_slot(decoder, bank, Asked(steps=3), some_rows(10))]
+    # A pass on a GPU writes it there.
+    decoder.attention_problem = "ModuleNotFoundError: No module named 'cudnn'; install it"
+    make_trainer(decoder, bank, slots, ports).run()
+    (warning,) = ports.of("warning")
+    assert warning["code"] == "train-attention-slow"
+    assert str(warning["text"]).endswith("cannot be used: ModuleNotFoundError: No module named 'cudnn'; install it")
+    decoder.use_plain()
+    assert decoder.attention_problem == ""
+
+
 def test_early_stopping_ends_one_slot_and_takes_its_best(tmp_path: Path) -> None:
     """Slot one is best at step 2 and stops at 4; slot two goes on to its end."""
     values = {"one": {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.0}}

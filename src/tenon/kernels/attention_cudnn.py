@@ -11,7 +11,8 @@ Without a fixed order this backward is wrong for rows of different lengths (cuDN
 in dk), so it is never asked for. Rows of one length have a plan of their own, which is faster by a tenth.
 
 Sources: Dao, 2023 (FlashAttention-2); cuDNN's documentation of scaled dot-product attention. Needs the package
-nvidia-cudnn-frontend. The plain form is `models.attention.packed_attention`.
+nvidia-cudnn-frontend; where it cannot be used, `missing` and `Groups` have the reason for whoever goes on without.
+The plain form is `models.attention.packed_attention`.
 Shape legend: T tokens, H query heads, K key/value heads, E head dimension, N rows, S tokens of a row, C = H + 2 K.
 """
 
@@ -25,6 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tenon.kernels.gpu_errors import first_line, is_out_of_memory
+
+_INSTALL = "nvidia-cudnn-frontend comes with pip install 'tenonlm[train]', cuDNN with a torch that is built for CUDA"
 _CAPABILITY = (9, 0)
 _LARGEST_HEAD = 128
 _LARGEST_OFFSET = 2**31 - 1
@@ -32,25 +36,46 @@ _LARGEST_OFFSET = 2**31 - 1
 _LEAST_LONGEST = 128
 
 
-@cache
 def frontend() -> Any | None:
-    """The package, or None where it is missing or finds no cuDNN."""
+    """The package, or None where it is missing or finds no cuDNN: see `missing`."""
+    return _found()[0]
+
+
+@cache
+def _found() -> tuple[Any | None, str]:
+    """(the package, ""), or (None, why there is none)."""
     try:
         import cudnn  # pyright: ignore[reportMissingImports]
 
         cudnn.backend_version()
-    except (ImportError, OSError, RuntimeError):
-        return None
-    return cudnn
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:  # it asserts that there is one cuDNN only
+        return None, first_line(error)
+    return cudnn, ""
+
+
+def missing(device: torch.device) -> str:
+    """Why a device has no such attention, whatever the rows, and what helps; "" where it has."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _CAPABILITY:
+        return f"it needs a GPU of capability {_dotted(_CAPABILITY)} or later, and this one has {_dotted(capability)}"
+    reason = _found()[1]
+    return f"{reason}; {_INSTALL}" if reason else ""
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def fits(q_THE: Tensor) -> bool:
-    """Whether it takes such queries here: half precision, heads of up to 128 in steps of 8, Hopper or later."""
+    """Whether there are kernels for such queries: half precision, heads of up to 128 in steps of 8, Hopper or later.
+
+    Whether they can be used here, and for how many heads at once, is for `groups_within` to say.
+    """
     tokens, _, size = q_THE.shape
     suits = q_THE.is_cuda and q_THE.dtype in (torch.bfloat16, torch.float16) and size % 8 == 0 and size <= _LARGEST_HEAD
     if not suits or not tokens or tokens * q_THE.stride(0) > _LARGEST_OFFSET:
         return False
-    return torch.cuda.get_device_capability(q_THE.device) >= _CAPABILITY and frontend() is not None
+    return torch.cuda.get_device_capability(q_THE.device) >= _CAPABILITY
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,18 +189,34 @@ def backward(
     return dq_THE, dk_TKE, dv_TKE
 
 
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Key/value heads that a backward pass takes at once; 0 for not at all. problem: why cuDNN cannot be used then, and
+    what helps; "" where there is no room for one head.
+    """
+
+    count: int
+    problem: str = ""
+
+
 @lru_cache(maxsize=1024)
-def groups_within(shape: Shape, room_bytes: int) -> int:
+def groups_within(shape: Shape, room_bytes: int) -> Groups:
     """The most key/value heads at once whose backward takes at most so much memory beside its results.
 
-    0 where none does, or where cuDNN has no kernel for the shape.
+    Raises RuntimeError when there is no memory left to find that out.
     """
+    cudnn, reason = _found()
+    if cudnn is None:
+        return Groups(0, f"{reason}; {_INSTALL}")
     divisors = [g for g in range(shape.kv_heads, 0, -1) if shape.kv_heads % g == 0]
     try:
         _forward_plan(shape)
-        return next((g for g in divisors if _backward_plan(shape, g).workspace_bytes <= room_bytes), 0)
-    except (_frontend().cudnnGraphNotSupportedError, RuntimeError):
-        return 0
+        return Groups(next((g for g in divisors if _backward_plan(shape, g).workspace_bytes <= room_bytes), 0))
+    except (cudnn.cudnnGraphNotSupportedError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        versions = f"nvidia-cudnn-frontend {cudnn.__version__}, cuDNN {cudnn.backend_version_string()}"
+        return Groups(0, f"{first_line(error)} ({versions}); {_INSTALL}")
 
 
 class _Plan:

@@ -45,6 +45,11 @@ class PackedAttention:
         self._layout = layout
         self._packed = None if layout.packed is None else RowAttention(layout.packed, room_bytes)
 
+    @property
+    def problem(self) -> str:
+        """See `RowAttention`."""
+        return "" if self._packed is None else self._packed.problem
+
     def attend(
         self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, *, scale: float, window: int, record: bool
     ) -> tuple[Tensor, AttentionTape | None]:

@@ -73,7 +73,8 @@ class Bank(Protocol):
 class Decoder:
     """A frozen decoder-only transformer. Weights are set once by `load_tensors` and never change.
 
-    fuse: whether fused kernels run (GPU, half precision), or plain torch.
+    fuse: whether fused kernels run (GPU, half precision), or plain torch. attention_problem: why a recorded pass was
+    left to a slower attention than this GPU has, and what helps; "" as long as none was.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Decoder:
         self._fp8 = compute_fp8, fp8_twice
         self.fuse = can_fuse(device, dtype) if fuse is None else fuse
         self._packs = True
+        self.attention_problem = ""
         rides = self.fuse and kind == "dense" and sharing is None
         self._ride_rank = -(-ride_rank // RANK_STEP) * RANK_STEP if rides else 0
         self._rider: tuple[int, int] | None = None
@@ -172,7 +174,7 @@ class Decoder:
 
     def use_plain(self, *, base: bool = False) -> None:
         """From here on pass through in plain torch; batches must be packed anew. base: a quantised base too."""
-        self.fuse, self._packs, self._ride_rank = False, False, 0
+        self.fuse, self._packs, self._ride_rank, self.attention_problem = False, False, 0, ""
         for layer in self.walk.up() if base else ():
             layer.stacks = {stack: plain_linear(linear) for stack, linear in layer.stacks.items()}
 
@@ -234,7 +236,9 @@ class Decoder:
         attention_bytes: what attention's backward may take beside its results, if that is more than it needs.
         """
         attention = PackedAttention(batch.attention, room_bytes=attention_bytes)
-        return Recording(self, batch, bank, attention, keep or [Keep.ALL] * self.facts.layers)
+        recording = Recording(self, batch, bank, attention, keep or [Keep.ALL] * self.facts.layers)
+        self.attention_problem = self.attention_problem or attention.problem
+        return recording
 
     def logits(self, hidden_LD: Tensor) -> Tensor:
         """(L, V) scores of the next token, for the hidden states that need them."""

@@ -1,8 +1,8 @@
 """Variable-length attention on a GPU: rows end to end, no padding, no gathering, no mask.
 
 Two kernels: cuDNN's, where there is one for the shape, and torch's flash attention for all else (older GPUs, longer
-rows than cuDNN's sums have room for, a pass that is not recorded). Both add up in a fixed order on the way back, so
-that a step has the same bits every time.
+rows than cuDNN's sums have room for, a pass that is not recorded, a cuDNN that cannot be used). Both add up in a fixed
+order on the way back, so that a step has the same bits every time.
 Sources: Dao, 2023 (FlashAttention-2). Shape legend: T tokens, H query heads, K key/value heads, E head dimension,
 N rows, S tokens of a row. This module does not know how rows were packed; on a CPU it fits nothing.
 """
@@ -46,10 +46,14 @@ def fixed_order() -> Iterator[None]:
 
 
 class RowAttention:
-    """Attention within the rows of one batch. room_bytes: what a backward pass may take beside its results."""
+    """Attention within the rows of one batch. room_bytes: what a backward pass may take beside its results.
+
+    problem: why flash attention has taken what is cuDNN's, and what helps; "" where it has not.
+    """
 
     def __init__(self, rows: PackedRows, room_bytes: int) -> None:
         self._rows, self._room_bytes = rows, room_bytes
+        self.problem = ""
         self._offsets: dict[cudnn.Shape, cudnn.Offsets] = {}
 
     def attend(
@@ -67,11 +71,12 @@ class RowAttention:
         bounds_N = self._rows.cu_seqlens_N
         shape = cudnn.shape_of(q_THE, k_TKE, len(bounds_N) - 1, self._rows.longest, scale=scale, window=window)
         groups = cudnn.groups_within(shape, max(self._room_bytes, flash_bytes(q_THE, k_TKE)))
-        if not groups:
+        if not groups.count:
+            self.problem = self.problem or groups.problem
             return None
         if shape not in self._offsets:
             self._offsets[shape] = cudnn.offsets_of(bounds_N, shape)
-        return CudnnTape((q_THE, k_TKE, v_TKE), shape, self._offsets[shape], groups)
+        return CudnnTape((q_THE, k_TKE, v_TKE), shape, self._offsets[shape], groups.count)
 
 
 def flash_bytes(q_THE: Tensor, k_TKE: Tensor) -> int:

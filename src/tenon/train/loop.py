@@ -101,10 +101,20 @@ class Trainer:
         self._saved: object = None
         self._proved = not decoder.is_fast
         self._graphs = StepGraphs(decoder, on_failure=self._without_graphs)
+        self._told_attention = False
 
     def _without_graphs(self, reason: str) -> None:
         text = f"small batches are launched kernel by kernel, no CUDA graph could be recorded: {reason}"
         self._ports.emit("warning", code="train-graphs", text=text)
+
+    def _tell_attention(self) -> None:
+        """Say once that attention is slower than it could be on this GPU."""
+        problem = self._decoder.attention_problem
+        if self._told_attention or not problem:
+            return
+        self._told_attention = True
+        text = f"attention is torch's, which is slower on this GPU than cuDNN's; that one cannot be used: {problem}"
+        self._ports.emit("warning", code="train-attention-slow", text=text)
 
     @property
     def step(self) -> int:
@@ -158,6 +168,7 @@ class Trainer:
         data_seconds = time.monotonic() - started
         started += self._prove(rows)
         losses = self._gradient(active, rows)
+        self._tell_attention()
         norms = {t.number: t.optimizer.clip() for t in active}
         self._require_finite(active, rows, losses, norms)
         factors = {t.number: t.learning_factor() for t in active}
