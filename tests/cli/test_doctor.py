@@ -42,7 +42,10 @@ REPORT = DoctorReport(
         python="3.12.1", system="Linux", cores=16, packages={"torch": "2.13.0"}, torch_cuda="13.0", cudnn="91300",
         driver="580.65.06", driver_cuda="13.0", gpus=(H100,),
     ),
-    checks=(check("works", error=3.2e-3), check("wrong", error=0.7), check("fails", text="RuntimeError: no plan")),
+    checks=(
+        check("works", error=3.2e-3), check("wrong", error=0.7), check("fails", text="RuntimeError: no plan"),
+        check("unavailable", text="it needs a GPU of capability 9.0 or later, and this one has 8.0"),
+    ),
     disk=DiskSpeed(folder="/cache", free_bytes=10**12, write_bytes_per_second=1.2e9, read_bytes_per_second=3e9),
     loopback=Link(target="127.0.0.1", seconds=5e-5, bytes_per_second=2e9),
     hub=Link(target="https://hub", problem="timed out"),
@@ -63,6 +66,8 @@ def test_a_report_on_screen() -> None:
     assert "7.0e-01" in wrong and "used instead: padded rows" in wrong
     (fails,) = [line for line in lines if " fails " in line]
     assert "RuntimeError: no plan; used instead: padded rows" in fails
+    (unavailable,) = [line for line in lines if " unavailable " in line]
+    assert "9.0 or later, and this one has 8.0; used instead: padded rows" in unavailable
     assert text.index("needed: the driver is old") < text.index("advice: slow disk")
 
 

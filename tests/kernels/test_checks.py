@@ -6,8 +6,17 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
-from tenon.kernels.attention_checks import attention_reference, largest_error, random_tensor, rows_reference
+from tenon.kernels import attention_cudnn
+from tenon.kernels.attention_checks import (
+    attention_reference,
+    cudnn_rows_error,
+    largest_error,
+    random_tensor,
+    rows_reference,
+)
+from tenon.kernels.attention_cudnn import Offsets, Shape
 from tenon.kernels.checks import KernelCheck, kernel_checks, run_check, still_answers
 from tenon.kernels.matmul_checks import quantise_rows
 
@@ -31,7 +40,8 @@ def test_what_runs_on_a_gpu_is_right_or_says_that_it_fails(check: KernelCheck) -
 
 def test_every_check_has_a_name_of_its_own_and_says_what_is_used_instead() -> None:
     keys = [(check.name, check.needs) for check in CHECKS]
-    assert len(set(keys)) == len(keys) >= 13
+    assert len(set(keys)) == len(keys) >= 28
+    assert ("attention cuDNN, rows of any lengths", "cuda") in keys
     assert all(check.instead and 0 < check.bound < 0.1 for check in CHECKS)
 
 
@@ -42,6 +52,12 @@ def raises(_device: torch.device) -> float:
 def test_what_a_kernel_raises_is_its_outcome() -> None:
     outcome = run_check(KernelCheck("x", "cpu", raises, 1e-3), CPU)
     assert outcome.error is None and outcome.problem == "RuntimeError: no kernel image is available"
+
+
+def test_what_is_missing_is_said_and_nothing_is_run() -> None:
+    outcome = run_check(KernelCheck("x", "cpu", raises, 1e-3, missing=lambda _device: "no package; install it"), CPU)
+    assert (outcome.ran, outcome.error, outcome.problem) == (False, None, "no package; install it")
+    assert run_check(KernelCheck("x", "cpu", raises, 1e-3), CPU).ran
 
 
 def test_a_check_without_a_gpu_does_not_pass_by_chance() -> None:
@@ -65,6 +81,33 @@ def test_the_reference_is_causal_and_grouped() -> None:
     later = v.clone()
     later[:, -1] += 100
     assert torch.equal(attention_reference(q, k, later)[:, :-1], out[:, :-1])
+
+
+@pytest.mark.parametrize("trembles", [False, True])
+def test_cudnn_attention_is_right_only_with_the_same_bits_twice(
+    trembles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a stand-in for cuDNN: plain torch, whose second backward pass may differ in the last bit."""
+    calls: list[int] = []
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, shape: Shape, offsets: Offsets) -> tuple[Tensor, Tensor]:
+        assert (shape.heads, shape.kv_heads, shape.rows, shape.equal) == (4, 2, 4, False)
+        assert offsets.lengths is not None and offsets.lengths.tolist() == [1, 37, 64, 65]
+        return rows_reference([q, k, v]), q
+
+    def backward(
+        dout: Tensor, inputs: tuple[Tensor, Tensor, Tensor], *_given: object, groups: int
+    ) -> tuple[Tensor, ...]:
+        assert groups == 2
+        own = [x.detach().requires_grad_() for x in inputs]
+        grads = torch.autograd.grad(rows_reference(own), own, dout)
+        calls.append(len(calls))
+        return tuple(grad.nextafter(grad + 1) for grad in grads) if trembles and calls[-1] else grads
+
+    monkeypatch.setattr(attention_cudnn, "forward", forward)
+    monkeypatch.setattr(attention_cudnn, "backward", backward)
+    error = cudnn_rows_error(CPU, dtype=torch.float32, kv_heads=2)
+    assert error == math.inf if trembles else error < 1e-5
 
 
 def test_rows_of_a_stream_never_see_each_other() -> None:

@@ -15,7 +15,7 @@ from tenon.service.doctor import CheckResult, DoctorReport
 from tenon.service.network import Link
 from tenon.units import format_bytes, format_seconds
 
-_STYLES = {"works": "green", "wrong": "bold red", "fails": "yellow"}
+_STYLES = {"works": "green", "wrong": "bold red", "fails": "yellow", "unavailable": "yellow"}
 
 
 def show_doctor(console: Console, report: DoctorReport) -> None:
@@ -101,6 +101,6 @@ def _checks_table(checks: tuple[CheckResult, ...]) -> Table:
 
 
 def _note(check: CheckResult) -> str:
-    if check.state not in ("fails", "wrong"):
+    if check.state not in ("fails", "wrong", "unavailable"):
         return ""
     return "; ".join(part for part in (check.text, f"used instead: {check.instead}") if part)

@@ -1,4 +1,5 @@
-"""Checks of torch's attention back ends: each is run, forward and backward, and held against the formula in float64.
+"""Checks of attention, torch's back ends and cuDNN's: each is run forward and backward and held against the formula in
+float64.
 
 Shape legend: G rows, T tokens of all rows, H query heads, K key/value heads, L tokens of a row, E head dimension. This
 module does not know who asks.
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tenon.kernels import attention_cudnn
 
 _HEADS = 4
 _HEAD_SIZE = 64
@@ -50,7 +53,7 @@ def varlen_error(device: torch.device, *, dtype: torch.dtype, kv_heads: int = _H
     tokens, longest = sum(_ROW_LENGTHS), max(_ROW_LENGTHS)
     inputs = [random_tensor((tokens, heads, _HEAD_SIZE), i, dtype, device) for i, heads in _heads(kv_heads)]
     q, k, v = (x.requires_grad_() for x in inputs)
-    bounds = torch.tensor([0, *_ROW_LENGTHS], device=device).cumsum(0).to(torch.int32)
+    bounds = _bounds(device)
     if kv_heads == _HEADS:
         out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0))
     else:
@@ -61,6 +64,30 @@ def varlen_error(device: torch.device, *, dtype: torch.dtype, kv_heads: int = _H
     exact = [x.detach().double().requires_grad_() for x in inputs]
     wanted = rows_reference(exact)
     return largest_error([out, *grads], [wanted, *torch.autograd.grad(wanted, exact, dout.double())])
+
+
+def cudnn_rows_error(device: torch.device, *, dtype: torch.dtype, kv_heads: int) -> float:
+    """The same of `attention_cudnn`; infinite when a second backward pass gives other bits than the first."""
+    # Side by side, as a step's projection makes them.
+    whole = random_tensor((sum(_ROW_LENGTHS), _HEADS + 2 * kv_heads, _HEAD_SIZE), 0, dtype, device)
+    q, k, v = whole.split([_HEADS, kv_heads, kv_heads], dim=1)
+    shape = attention_cudnn.shape_of(q, k, len(_ROW_LENGTHS), max(_ROW_LENGTHS), scale=_HEAD_SIZE**-0.5, window=0)
+    offsets = attention_cudnn.offsets_of(_bounds(device), shape)
+    out, stats = attention_cudnn.forward(q, k, v, shape, offsets)
+    dout = random_tensor(out.shape, 3, dtype, device)
+    grads, again = (
+        attention_cudnn.backward(dout, (q, k, v), out, stats, shape, offsets, groups=kv_heads) for _ in range(2)
+    )
+    if not all(torch.equal(one, other) for one, other in zip(grads, again, strict=True)):
+        return math.inf
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    wanted = rows_reference(exact)
+    return largest_error([out, *grads], [wanted, *torch.autograd.grad(wanted, exact, dout.double())])
+
+
+def _bounds(device: torch.device) -> Tensor:
+    """Where the rows begin and end, int32."""
+    return torch.tensor([0, *_ROW_LENGTHS], device=device).cumsum(0).to(torch.int32)
 
 
 def rows_reference(exact: Sequence[Tensor]) -> Tensor:

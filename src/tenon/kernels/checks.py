@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 from torch.nn.attention import SDPBackend
 
-from tenon.kernels.attention_checks import sdpa_error, varlen_error
+from tenon.kernels import attention_cudnn
+from tenon.kernels.attention_checks import cudnn_rows_error, sdpa_error, varlen_error
 from tenon.kernels.frozen_checks import fp8_rows_error, int8_error, nf4_error, nf4_fp8_error
 from tenon.kernels.gpu_errors import first_line
 from tenon.kernels.matmul_checks import bf16_matmul_error, fp8_matmul_error
@@ -42,6 +43,7 @@ class KernelCheck:
 
     needs: the device that it is run on. run: the relative error against the plain reference, forward and gradients;
     raises when the kernel does. bound: the largest error that counts as working. instead: what a run uses otherwise.
+    missing: why it cannot be run on the device, and what helps; "" where it can.
     """
 
     name: str
@@ -49,15 +51,19 @@ class KernelCheck:
     run: Callable[[torch.device], float]
     bound: float
     instead: str = "the plain reference"
+    missing: Callable[[torch.device], str] = lambda _device: ""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckOutcome:
-    """How a check went. error: relative, None when it raised. problem: the first line of what was raised, else ""."""
+    """How a check went. error: relative, None when there is none. problem: the first line of what was raised, or why it
+    could not be run, which `ran` tells apart; else "".
+    """
 
     error: float | None
     problem: str
     seconds: float
+    ran: bool = True
 
 
 def kernel_checks() -> tuple[KernelCheck, ...]:
@@ -85,6 +91,14 @@ def kernel_checks() -> tuple[KernelCheck, ...]:
         _sdpa("attention cudnn", "cuda", cudnn),
         _varlen("attention varlen", kv_heads=4, instead="rows of like length, padded"),
         _varlen("attention varlen, grouped heads", kv_heads=2, instead="repeated heads"),
+        KernelCheck(
+            "attention cuDNN, rows of any lengths",
+            "cuda",
+            partial(cudnn_rows_error, dtype=torch.bfloat16, kv_heads=2),
+            BF16_BOUND,
+            "attention flash, slower",
+            attention_cudnn.missing,
+        ),
     )
 
 
@@ -133,6 +147,9 @@ def run_check(check: KernelCheck, device: torch.device) -> CheckOutcome:
     started = time.monotonic()
     error, problem = None, ""
     try:
+        missing = check.missing(device)
+        if missing:
+            return CheckOutcome(None, missing, time.monotonic() - started, ran=False)
         error = check.run(device)
     except Exception as raised:  # noqa: BLE001 - a kernel under trial may raise anything
         problem = first_line(raised)

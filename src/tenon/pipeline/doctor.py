@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from tenon.kernels.checks import KernelCheck, kernel_checks, run_check, still_answers
+from tenon.kernels.checks import CheckOutcome, KernelCheck, kernel_checks, run_check, still_answers
 from tenon.pipeline import Emit
 from tenon.pipeline.gpu_watch import this_machine
 from tenon.plan.requests import CheckRequest
@@ -39,11 +39,20 @@ def examine(request: CheckRequest, emit: Emit, settings: Settings) -> None:
             continue
         device = torch.device(check.needs)
         outcome = run_check(check, device)
-        state = "fails" if outcome.error is None else "works" if outcome.error <= check.bound else "wrong"
+        state = state_of(check, outcome)
         _tell(emit, check, state, error=outcome.error, text=outcome.problem, seconds=outcome.seconds)
         if state == "fails" and not still_answers(device):
             return
     emit("finished")
+
+
+def state_of(check: KernelCheck, outcome: CheckOutcome) -> str:
+    """See `service.doctor.CheckResult`."""
+    if not outcome.ran:
+        return "unavailable"
+    if outcome.error is None:
+        return "fails"
+    return "works" if outcome.error <= check.bound else "wrong"
 
 
 def check_key(check: KernelCheck) -> str:

@@ -25,6 +25,7 @@ PACKAGES = (
     "safetensors",
     "numpy",
     "bitsandbytes",
+    "nvidia-cudnn-frontend",
     "nvidia-ml-py",
 )
 

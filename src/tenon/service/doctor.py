@@ -31,14 +31,14 @@ Take = Callable[[Event], None]
 class CheckResult(Value):
     """One kernel or back end on one device.
 
-    state: works; wrong: computes something else than its reference; fails: raises, hangs or kills; absent: no such
-    device here. error: relative, against the reference. text: the first line of its failure. instead: what a run uses
-    then.
+    state: works; wrong: computes something else than its reference; fails: raises, hangs or kills; unavailable: the GPU
+    is too old for it, or a package is missing; absent: no such device here. error: relative, against the reference.
+    text: the first line of its failure, or what is missing. instead: what a run uses then.
     """
 
     name: str
     device: Literal["cpu", "cuda"]
-    state: Literal["works", "wrong", "fails", "absent"]
+    state: Literal["works", "wrong", "fails", "unavailable", "absent"]
     error: float | None
     bound: float
     text: str
