@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 IGNORE = -100
@@ -72,13 +73,15 @@ class SlotRoutes:
     """Which slot the tokens belong to, as fused kernels read it: int64 on the device.
 
     tiles_N3: (slot or NO_SLOT, start, stop) of tiles of tokens. chunks_C3: the same of longer runs. segments_M3: (slot,
-    first chunk, the one after its last) of each run that has a slot. whole: each of these has one chunk.
+    first chunk, the one after its last) of each run that has a slot. whole: each of these has one chunk. listed: tiles
+    and chunks once more, on the host.
     """
 
     tiles_N3: Tensor
     chunks_C3: Tensor
     segments_M3: Tensor
     whole: bool
+    listed: tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,12 +136,20 @@ class Slots:
 
 
 def make_slots(
-    site: Site, tokens: Tokens, draw: Draw, *, drop: float = 0.0, rides: bool = False, pad: bool = False
+    site: Site,
+    tokens: Tokens,
+    draw: Draw,
+    *,
+    drop: float = 0.0,
+    rides: bool = False,
+    pad: bool = False,
+    cut: bool = False,
 ) -> Slots:
     """All slots of a site. Slot 1 leaves the second module out; every matrix lies where the last one ended, so that
     hardly one begins at a whole line of memory; gradients begin at one half everywhere.
 
-    pad: with tiles and chunks of nothing behind, as padded batches have them.
+    pad: with tiles and chunks of nothing behind, as padded batches have them. cut: classes of rank have launches of
+    their own, as in batches of many tokens.
     """
     groups = [_group(site, slot, rank, draw, drop) for slot, rank in enumerate(site.stored)]
     device = groups[0].a_RD.device
@@ -152,7 +160,8 @@ def make_slots(
     draw_T = torch.randint(-(2**31), 2**31, (at,), generator=torch.Generator().manual_seed(at)).to(device, torch.int32)
     listed = list_routes(tuple(segments), TILE, pad=pad)
     found = slot_routes(upload(listed, device), listed)
-    routes = Routes(found.tiles_N3, found.chunks_C3, found.segments_M3, found.whole, draw_T if drop else None)
+    lists = found.tiles_N3, found.chunks_C3, found.segments_M3
+    routes = Routes(*lists, found.whole, draw_T if drop else None, found.listed if cut else None)
     parts = tuple(
         LoraPart(groups[s.slot], s.start, s.stop, draw_T[s.start : s.stop] if drop else None)
         for s in segments

@@ -34,7 +34,7 @@ EPS = 1e-6
 @dataclass(frozen=True)
 class Case:
     """strides: of the gradients that come back. term: whether a low-rank term is added. rides: whether there is room
-    for low-rank gradients behind.
+    for low-rank gradients behind. cut: whether classes of rank have launches of their own.
     """
 
     tokens: Tokens
@@ -46,6 +46,7 @@ class Case:
     term: bool = True
     strides: str = "contiguous"
     rides: bool = False
+    cut: bool = False
 
 
 CASES = {
@@ -53,6 +54,8 @@ CASES = {
     "SmolLM2": Case(ODD, 9, 3, 64, strides="by head"),
     "Qwen 2.5": Case(ODD, 14, 2, 64, strides="every second"),
     "Llama": Case(ODD, 32, 8, 128, term=False, rides=True, strides="by head"),
+    "SmolLM2, classes": Case(ODD, 9, 3, 64, cut=True),
+    "Qwen 3, classes": Case(ODD, 32, 8, 128, norms=True, cut=True),
     "Qwen 3": Case(ODD, 32, 8, 128, norms=True),
     "Qwen 3, riding": Case(ODD, 32, 8, 128, norms=True, term=False, rides=True, strides="by head"),
     "without rotation": Case(ODD, 16, 4, 128, turns=False),
@@ -93,7 +96,8 @@ def test_forward(name: str, dtype: torch.dtype, device: torch.device, judge: Jud
     shape = shape_of(heads, kv, size, draw, norms=case.norms)
     turn = turn_of(length, size, draw) if case.turns else None
     raw_TO = draw(length, (heads + 2 * kv) * size)
-    low = make_slots(Site((16, 5, 100, 48), 32, (heads * size, kv * size, kv * size)), case.tokens, draw).low
+    site = Site((16, 5, 100, 48), 32, (heads * size, kv * size, kv * size))
+    low = make_slots(site, case.tokens, draw, cut=case.cut).low
     low_TW = activations(low, case.tokens, draw)
     exact = raw_TO.double() + (exact_forward(low_TW, low) if case.term else 0)
     given = Sum(raw_TO.clone(), Addend(low_TW, low, back=False) if case.term else None)

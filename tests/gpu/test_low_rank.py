@@ -41,20 +41,24 @@ class Case:
     tokens: Tokens
     drop: float = 0.0
     pad: bool = False
+    cut: bool = False
 
 
-SMALL, LARGE = (16, 5, 1, 16), (48, 64, 100, 7)
+SMALL, LARGE, MIXED = (16, 5, 1, 16), (48, 64, 100, 7), (40, 5, 100, 24)
 CASES = {
     "one token": Case(Site((16,), 96, (40,)), ONE),
     "qkv of 576": Case(Site(SMALL, 576, (576, 192, 192)), ODD),
     "the same, dropped out": Case(Site(SMALL, 576, (576, 192, 192)), ODD, drop=0.1),
     "chunks, large ranks": Case(Site(LARGE, 896, (896, 128, 128)), LONG),
     "chunks, dropped out, padded": Case(Site((3, 20, 16, 8), 200, (72, 136)), LONG, drop=0.3, pad=True),
+    "classes": Case(Site(MIXED, 576, (576, 192, 192)), ODD, cut=True),
+    "classes, chunks": Case(Site(MIXED, 320, (200, 64, 64)), LONG, cut=True),
+    "classes, chunks, dropped out, padded": Case(Site(MIXED, 200, (72, 136)), LONG, drop=0.3, pad=True, cut=True),
     "qkv of 4096": Case(Site(LARGE, 4096, (4096, 1024, 1024)), ODD),
     "gate and up": Case(Site(SMALL, 2048, (8192, 8192)), LONG),
     "down": Case(Site(SMALL, 14336, (4096,)), LONG),
 }
-FEW = ("the same, dropped out", "chunks, large ranks")
+FEW = ("the same, dropped out", "chunks, large ranks", "classes, chunks")
 
 
 @pytest.mark.parametrize(("name", "dtype"), each(CASES, FEW))
@@ -62,7 +66,7 @@ def test_every_product_sum_and_gradient(name: str, dtype: torch.dtype, device: t
     case, draw = CASES[name], Draw(len(name), dtype, device)
     tokens, site = count(case.tokens), case.site
     fits_here(tokens, site.inputs + site.outputs)
-    slots = make_slots(site, case.tokens, draw, drop=case.drop, pad=case.pad)
+    slots = make_slots(site, case.tokens, draw, drop=case.drop, pad=case.pad, cut=case.cut)
     low = slots.low
     x_TD, dy_TO = draw(tokens, site.inputs), draw(tokens, site.outputs)
     low_TW, d_low_TW = activations(low, case.tokens, draw), activations(low, case.tokens, draw)

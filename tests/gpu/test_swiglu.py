@@ -33,8 +33,8 @@ from tests.gpu.kit import (
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 FORWARD: dict[int, Tokens] = {896: ONE, 100: ODD, 1536: LONG, 14336: ODD}
-# A program holds the ranks of one slot, those of HELD still at down; gate and up together have twice as many.
-SMALL, HELD, WIDE = (16, 5, 1, 16), (16, 24, 32, 5), (48, 100, 64, 3)
+# What a program holds, what it holds beside narrow blocks, and ranks of which some are too wide to hold.
+SMALL, HELD, LARGE, WIDE = (16, 5, 1, 16), (16, 24, 32, 5), (40, 64, 16, 3), (48, 100, 64, 3)
 
 
 def exact_swiglu(gate_up_TF2: Tensor) -> Tensor:
@@ -42,9 +42,13 @@ def exact_swiglu(gate_up_TF2: Tensor) -> Tensor:
     return gate * torch.sigmoid(gate) * up
 
 
-@pytest.mark.parametrize("ranks", [(), SMALL, HELD, WIDE], ids=str)
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("ranks", [(), SMALL, HELD, LARGE, WIDE], ids=str)
 @pytest.mark.parametrize(("width", "dtype"), each(FORWARD, (100,)))
-def test_forward(width: int, ranks: tuple[int, ...], dtype: torch.dtype, device: torch.device, judge: Judge) -> None:
+def test_forward(
+    width: int, ranks: tuple[int, ...], cut: bool, dtype: torch.dtype, device: torch.device, judge: Judge
+) -> None:
+    """cut: classes of rank have launches of their own."""
     tokens = FORWARD[width]
     fits_here(count(tokens), 2 * width)
     draw = Draw(width, dtype, device)
@@ -52,20 +56,23 @@ def test_forward(width: int, ranks: tuple[int, ...], dtype: torch.dtype, device:
     reader = None if ranks else reader_of(tokens, width, draw)
     given, exact = Sum(gate_up_TF2.clone(), None), gate_up_TF2.double()
     if ranks:
-        low = make_slots(Site(ranks, 64, (width, width)), tokens, draw).low
+        low = make_slots(Site(ranks, 64, (width, width)), tokens, draw, cut=cut).low
         low_TW = activations(low, tokens, draw)
         given.addend, exact = Addend(low_TW, low, back=False), exact + exact_forward(low_TW, low)
     h_TF = swiglu(given, fuse=True, reader=reader)
-    # Ranks too wide to hold are added in a pass of its own, which settles the sum: gate and up are rounded, then h.
-    settled = bool(ranks) and given.addend is None
-    assert not settled or ranks != SMALL
+    # Ranks too wide to hold are added in a pass of its own: gate and up are rounded, then h.
+    settled = given.addend is not None and given.addend.up_to is not None
+    assert not settled or ranks == WIDE
     judge("swiglu", h_TF, exact_swiglu(exact), roundings=3 if settled else 1)
     assert tail_is_untouched(h_TF, reader)
 
 
 @dataclass(frozen=True)
 class Case:
-    """ranks: of gate and up, and of down; () where no slot adapts them. added: their terms are in the sums already."""
+    """ranks: of gate and up, and of down; () where no slot adapts them. added: their terms are in the sums already.
+
+    cut: classes of rank have launches of their own.
+    """
 
     tokens: Tokens
     width: int
@@ -73,11 +80,12 @@ class Case:
     down: tuple[int, ...]
     drop: float = 0.0
     added: bool = False
+    cut: bool = False
 
     @property
     def wide(self) -> bool:
-        """Whether some ranks are too wide to hold: all terms are added before, and h is kept for the gradients."""
-        return self.ranks in (HELD, WIDE) or self.down == WIDE
+        """Whether some ranks are too wide to hold: their terms are added before, and h is kept for the gradients."""
+        return WIDE in (self.ranks, self.down, self.down[::-1])
 
 
 BACKWARD = {
@@ -93,6 +101,13 @@ BACKWARD = {
     "many tokens": Case([(0, 1500), (2, 900)], 1536, SMALL, SMALL),
     "wide": Case(ODD, 1536, WIDE, WIDE),
     "wide, chunks, dropped out": Case(LONG, 640, SMALL, WIDE, drop=0.3),
+    "large": Case(ODD, 1536, LARGE, HELD),
+    "large, chunks, dropped out": Case(LONG, 240, HELD, LARGE, drop=0.3),
+    "classes": Case(ODD, 1536, LARGE, LARGE[::-1], cut=True),
+    "classes, chunks, dropped out": Case(LONG, 240, LARGE, HELD, drop=0.3, cut=True),
+    "classes, down alone": Case(LONG, 240, (), LARGE, cut=True),
+    "classes, some wide": Case(ODD, 1536, WIDE, WIDE[::-1], cut=True),
+    "classes, some wide, chunks, dropped out": Case(LONG, 240, WIDE, WIDE[::-1], drop=0.3, cut=True),
     "of 14336": Case(LONG, 14336, SMALL, SMALL),
 }
 
@@ -103,8 +118,10 @@ def test_backward(name: str, dtype: torch.dtype, device: torch.device, judge: Ju
     length, width = count(case.tokens), case.width
     fits_here(length, 2 * width)
     gate_up_TF2, dh_TF = draw(length, 2 * width, scale=2.0), draw(length, width)
-    ahead_slots = make_slots(Site(case.ranks or (1,) * 4, 64, (width, width)), case.tokens, draw, drop=case.drop)
-    down_slots = make_slots(Site(case.down or (1,) * 4, width, (64,)), case.tokens, draw, drop=case.drop)
+    ahead_slots = make_slots(
+        Site(case.ranks or (1,) * 4, 64, (width, width)), case.tokens, draw, drop=case.drop, cut=case.cut
+    )
+    down_slots = make_slots(Site(case.down or (1,) * 4, width, (64,)), case.tokens, draw, drop=case.drop, cut=case.cut)
     low_TW, d_low_TW = (activations(s.low, case.tokens, draw) for s in (ahead_slots, down_slots))
     ahead = Addend(low_TW, ahead_slots.low, back=False) if case.ranks else None
     back = Addend(d_low_TW, down_slots.low, back=True) if case.down else None

@@ -257,8 +257,8 @@ def _cut(segments: tuple[Segment, ...], length: int) -> list[tuple[int, int, int
 def slot_routes(tensors: Sequence[torch.Tensor], listed: Sequence[np.ndarray]) -> SlotRoutes:
     """What `list_routes` listed, with the same on the device."""
     tiles, chunks, runs = (tensor.view(-1, 3) for tensor in tensors)
-    bounds = listed[2].reshape(-1, 3)
-    return SlotRoutes(tiles, chunks, runs, bool((bounds[:, 2] - bounds[:, 1] == 1).all()))
+    host = [array.reshape(-1, 3) for array in listed]
+    return SlotRoutes(tiles, chunks, runs, bool((host[2][:, 2] - host[2][:, 1] == 1).all()), (host[0], host[1]))
 
 
 def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import itertools
 
-from tenon.kernels.gpu import ceil_div, jit, power_of_two, tl
+from tenon.kernels.gpu import ceil_div, constant, jit, power_of_two, tl
 
 # Tokens of a tile in Routes; kernels cut it into smaller blocks.
 TILE = 64
+# Fields of a slot's row in a table, where those of its modules begin, and how many each of these has.
 MEMBERS_AT = 6
 MEMBER_FIELDS = 5
 FIELDS = MEMBERS_AT + 3 * MEMBER_FIELDS
-
+_TILE, _FIELDS, _MEMBERS_AT, _MEMBER_FIELDS = map(constant, (TILE, FIELDS, MEMBERS_AT, MEMBER_FIELDS))
 
 # Ranks of one pass of the matrix units; slots of larger rank take several.
 MOST_RANK = 64
@@ -44,13 +45,13 @@ def column_blocks(bounds: tuple[int, ...], columns: int) -> int:
 
 
 @jit
-def tile_rows(tiles_ptr, BLOCK: tl.constexpr, SPLIT: tl.constexpr):
-    """(slot, rows, mask) of this program's block of tokens: block `pid % SPLIT` of tile `pid // SPLIT`."""
-    pid = tl.program_id(0)
-    tile = tiles_ptr + 3 * (pid // SPLIT)
+def tile_rows(tiles_ptr, BLOCK: tl.constexpr):
+    """(slot, rows, mask) of this program's block of tokens; each tile is cut into blocks."""
+    pid, split = tl.program_id(0), _TILE // BLOCK
+    tile = tiles_ptr + 3 * (pid // split)
     slot = tl.load(tile)
     stop = tl.load(tile + 2)
-    rows = tl.load(tile + 1) + (pid % SPLIT) * BLOCK + tl.arange(0, BLOCK)
+    rows = tl.load(tile + 1) + (pid % split) * BLOCK + tl.arange(0, BLOCK)
     return slot, rows.to(tl.int64), rows < stop
 
 
@@ -58,7 +59,7 @@ def tile_rows(tiles_ptr, BLOCK: tl.constexpr, SPLIT: tl.constexpr):
 def block_rows(tiles_ptr, tokens, ROWS: tl.constexpr, ROUTED: tl.constexpr):
     """(slot, rows, mask): of a tile where there are routes, else simply the next tokens."""
     if ROUTED:
-        slot, rows, mask = tile_rows(tiles_ptr, ROWS, 64 // ROWS)
+        slot, rows, mask = tile_rows(tiles_ptr, ROWS)
     else:
         slot = -1
         rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -118,12 +119,35 @@ def low_rank_block(
 
 
 @jit
+def site_at(table_ptr, slot):
+    """A slot's row of a table."""
+    return table_ptr + slot * _FIELDS
+
+
+@jit
+def member_at(site, member):
+    """The fields of one module in a slot's row."""
+    return site + _MEMBERS_AT + member * _MEMBER_FIELDS
+
+
+@jit
+def matrix_at(address, like_ptr):
+    """A pointer to a matrix whose address a table field holds: it begins at 16 bytes."""
+    return tl.multiple_of(address.to(like_ptr.dtype), 16)
+
+
+@jit
+def ranks_at(field):
+    """A rank, or the place of a module's ranks: a table field that holds whole steps of 8."""
+    return tl.multiple_of(tl.load(field).to(tl.int32), 8)
+
+
+@jit
 def member_block(low_ptr, stride, rows, row_mask, site, member, columns, column_mask, RANK: tl.constexpr):
     """s B low of one module for a block of its own outputs: (rows, columns) fp32. site: the slot's table row."""
-    at = site + 6 + member * 5
-    b_ptr = tl.load(at).to(low_ptr.dtype)
-    rank = tl.load(at + 2).to(tl.int32)
-    start = tl.load(at + 3)
+    at = member_at(site, member)
+    b_ptr = matrix_at(tl.load(at), low_ptr)
+    rank, start = ranks_at(at + 2), ranks_at(at + 3)
     term = low_rank_block(low_ptr + start, stride, rows, row_mask, b_ptr, 1, rank, columns, column_mask, rank, RANK)
     return term * bits_to_float(tl.load(at + 4))
 
@@ -133,8 +157,7 @@ def input_block(
     low_ptr, stride, rows, row_mask, site, columns, width, draw_ptr, RANK: tl.constexpr, DROP: tl.constexpr
 ):
     """drop'(A^T d_low) for a block of inputs: (rows, columns) fp32. width: all inputs."""
-    a_ptr = tl.load(site).to(low_ptr.dtype)
-    rank = tl.load(site + 2).to(tl.int32)
+    a_ptr, rank = matrix_at(tl.load(site), low_ptr), ranks_at(site + 2)
     term = low_rank_block(low_ptr, stride, rows, row_mask, a_ptr, width, 1, columns, columns < width, rank, RANK)
     if DROP:
         keys = tl.load(draw_ptr + rows, mask=row_mask, other=0)

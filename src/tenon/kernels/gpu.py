@@ -27,6 +27,11 @@ else:
         return function
 
 
+def constant(value: int) -> Any:
+    """A number of a module as its kernels can read it."""
+    return tl.constexpr(value) if TYPE_CHECKING or HAS_TRITON else value
+
+
 def ceil_div(whole: int, part: int) -> int:
     """How many parts cover the whole."""
     return -(-whole // part)

@@ -23,9 +23,10 @@ bank. This module does not know what a slot is trained for, nor how its matrices
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,7 @@ from tenon.kernels import blocks_triton as blocks
 from tenon.kernels import low_rank_gradient_triton as gradient
 from tenon.kernels import low_rank_triton as fused
 from tenon.kernels.dropout import dropout, keep_mask
+from tenon.kernels.low_rank_classes import RankClass, classes
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,8 @@ class Routes:
 
     tiles_N3: int64 (slot or -1, start, stop) of runs of at most TILE tokens. chunks_C3: the same of longer runs, over
     which gradients are summed. segments_M3: (slot, first chunk, chunk after its last) of each slot. whole: every slot
-    has one chunk. draw_T: dropout keys of all tokens, or None.
+    has one chunk. draw_T: dropout keys of all tokens, or None. listed: tiles and chunks on the host, None where slots
+    of different rank are not worth launches of their own. cuts: the classes that were made of them.
     """
 
     tiles_N3: Tensor
@@ -89,6 +92,8 @@ class Routes:
     segments_M3: Tensor
     whole: bool
     draw_T: Tensor | None
+    listed: tuple[np.ndarray, np.ndarray] | None = None
+    cuts: dict[Hashable, tuple[RankClass, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +115,22 @@ class LowRank:
     rides: bool = False
 
     @property
+    def fused(self) -> bool:
+        """Whether kernels may be: tokens and slots are listed as these read them."""
+        return self.routes is not None and self.table_SF is not None
+
+    @property
     def plain(self) -> bool:
         """Whether the products are torch's own: kernels are not fused, or parts are so long that its own are faster."""
         long = all(part.stop - part.start >= _LONG_TOKENS and part.draw_T is None for part in self.parts)
-        return self.routes is None or self.table_SF is None or long
+        return long or not self.fused
 
 
 # Tokens from which torch's product of one part is faster than the share of a kernel that takes all parts at once.
 _LONG_TOKENS = 2048
+# From here on classes of rank have launches of their own (see `low_rank_classes`): with fewer tokens a launch takes
+# longer than it saves, and batches that are replayed as graphs must not depend on the lengths of their parts.
+CUT_TOKENS = 2048
 # Elements of a line of memory, in half precision.
 LINE = 64
 # Ranks are stored in multiples of this: rows of 16 bytes in half precision, what fast products and loads take.
@@ -126,11 +139,15 @@ RANK_STEP = 8
 
 @dataclass(frozen=True, slots=True)
 class Addend:
-    """A low-rank term that is still to be added: s B low to an output, or (back) A^T d_low to a gradient of inputs."""
+    """A low-rank term that is still to be added: s B low to an output, or (back) A^T d_low to a gradient of inputs.
+
+    up_to: slots of a larger rank have theirs added already; None: no slot has.
+    """
 
     low_TW: Tensor
     low: LowRank
     back: bool
+    up_to: int | None = None
 
 
 @dataclass(slots=True)
@@ -249,8 +266,9 @@ def project(x_TD: Tensor, low: LowRank | None) -> Tensor | None:
     if low is None:
         return None
     low_TW = _low_room(x_TD, low)
-    if low.routes is not None and low.table_SF is not None and not low.plain:
-        fused.project(x_TD, low_TW, low.routes, low.table_SF)
+    if not low.plain:
+        for one in classes(low, stacked=True):
+            fused.project(x_TD, low_TW, one.width, one.routes, one.table_SF)
         return low_TW
     for part in low.parts:
         out = low_TW[part.start : part.stop, : part.group.a_RD.shape[0]]
@@ -267,8 +285,9 @@ def project_apart(x_TD: Tensor, low: LowRank | None) -> Tensor | None:
 def project_back(dy_TO: Tensor, low: LowRank) -> Tensor:
     """d_low (T, W): each slot's s B^T times the gradients of its tokens' outputs; in dy's tail where low rides."""
     d_low_TW = _low_room(dy_TO, low)
-    if low.routes is not None and low.table_SF is not None and not low.plain:
-        fused.project_back(dy_TO, d_low_TW, low.bounds, low.rank, low.routes, low.table_SF)
+    if not low.plain:
+        for one in classes(low, stacked=False):
+            fused.project_back(dy_TO, d_low_TW, one.bounds, one.rank, one.routes, one.table_SF)
         return d_low_TW
     for part in low.parts:
         rows = slice(part.start, part.stop)
@@ -280,8 +299,9 @@ def project_back(dy_TO: Tensor, low: LowRank) -> Tensor:
 
 def add_gradient_b(dy_TO: Tensor, low_TW: Tensor, low: LowRank) -> None:
     """dB += s dy^T low, into each group's buffer, in fp32."""
-    if low.routes is not None and low.table_SF is not None:
-        gradient.add_gradient(dy_TO, low_TW, low.bounds, low.rank, low.routes, low.table_SF, inputs=False)
+    if low.fused:
+        for one in classes(low, stacked=False):
+            gradient.add_gradient(dy_TO, low_TW, one.bounds, one.rank, one.routes, one.table_SF, inputs=False)
         return
     for part in low.parts:
         rows = slice(part.start, part.stop)
@@ -293,9 +313,10 @@ def add_gradient_b(dy_TO: Tensor, low_TW: Tensor, low: LowRank) -> None:
 
 def add_gradient_a(x_TD: Tensor, d_low_TW: Tensor, low: LowRank) -> None:
     """dA += d_low^T drop(x), into each group's buffer, in fp32."""
-    if low.routes is not None and low.table_SF is not None:
+    if low.fused:
         bounds = (0, x_TD.shape[1])
-        gradient.add_gradient(x_TD, d_low_TW, bounds, low.width, low.routes, low.table_SF, inputs=True)
+        for one in classes(low, stacked=True):
+            gradient.add_gradient(x_TD, d_low_TW, bounds, one.width, one.routes, one.table_SF, inputs=True)
         return
     for part in low.parts:
         if part.group.grad_a_RD is not None:
@@ -305,12 +326,16 @@ def add_gradient_a(x_TD: Tensor, d_low_TW: Tensor, low: LowRank) -> None:
 
 def _add(y_TO: Tensor, addend: Addend) -> None:
     """Add the term in place, in a pass of its own."""
-    low = addend.low
-    if low.routes is not None and low.table_SF is not None and not low.plain:
-        fused.add(y_TO, addend.low_TW, low.bounds, low.rank, low.routes, low.table_SF, back=addend.back)
+    low, back = addend.low, addend.back
+    assert addend.up_to is None, "only some slots' terms are missing"
+    if not low.plain:
+        bounds = (0, y_TO.shape[1]) if back else low.bounds
+        for one in classes(low, stacked=back):
+            rank = one.width if back else one.rank
+            fused.add(y_TO, addend.low_TW, bounds, rank, one.routes, one.table_SF, back=back)
         return
     for part in low.parts:
-        if addend.back:
+        if back:
             _add_back(y_TO[part.start : part.stop], addend.low_TW, part)
         else:
             _add_forward(y_TO[part.start : part.stop], addend.low_TW, part)

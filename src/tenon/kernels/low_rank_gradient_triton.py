@@ -5,6 +5,9 @@ adds the parts up in the order of the chunks. So nothing depends on which progra
 same bits in every run. Shape legend as in `low_rank`; C columns of the tensor that the gradient is summed over.
 """
 
+# In a kernel, what a flag leaves unbound is never compiled.
+# pyright: reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 from typing import Any
@@ -12,7 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenon.kernels.blocks_triton import FIELDS, bits_to_float, column_blocks, four_bounds, keep, locate, padded_rank
+from tenon.kernels.blocks_triton import (
+    bits_to_float,
+    column_blocks,
+    four_bounds,
+    keep,
+    locate,
+    member_at,
+    padded_rank,
+    ranks_at,
+    site_at,
+)
 from tenon.kernels.gpu import ceil_div, jit, tl
 
 
@@ -20,15 +33,15 @@ from tenon.kernels.gpu import ceil_div, jit, tl
 def gradient_facts(site, member, INPUTS: tl.constexpr):
     """(address, rank, place of its ranks in low, scale) of a gradient: of A, or of one module's B."""
     if INPUTS:
-        return tl.load(site + 1), tl.load(site + 2).to(tl.int32), tl.load(site + 1) * 0, 1.0
-    at = site + 6 + member * 5
-    return tl.load(at + 1), tl.load(at + 2).to(tl.int32), tl.load(at + 3), bits_to_float(tl.load(at + 4))
+        return tl.load(site + 1), ranks_at(site + 2), 0, 1.0
+    at = member_at(site, member)
+    return tl.load(at + 1), ranks_at(at + 2), ranks_at(at + 3), bits_to_float(tl.load(at + 4))
 
 
 @jit
 def add_to_gradient(address, acc, r, columns, rank, width, INPUTS: tl.constexpr):
     """Add (ranks, columns) of fp32 to a gradient: A is (rank, width), B is (width, rank), row after row."""
-    grad_ptr = address.to(tl.pointer_type(tl.float32))
+    grad_ptr = tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16)
     mask = (r < rank)[:, None] & (columns < width)[None, :]
     if INPUTS:
         target = grad_ptr + r[:, None].to(tl.int64) * width + columns[None, :]
@@ -58,13 +71,12 @@ def _gradient_kernel(
     INPUTS: tl.constexpr,
     DIRECT: tl.constexpr,
     DROP: tl.constexpr,
-    FIELDS: tl.constexpr,
 ):
     member, first, outputs, columns = locate(tl.program_id(0), bound_0, bound_1, bound_2, bound_3, COLUMNS)
     chunk = chunks_ptr + 3 * tl.program_id(1)
     slot = tl.load(chunk)
     if slot >= 0:
-        site = table_ptr + slot * FIELDS
+        site = site_at(table_ptr, slot)
         address, rank, low_start, scale = gradient_facts(site, member, INPUTS)
         r = tl.program_id(2) * RANK + tl.arange(0, RANK)
         begin, end = tl.load(chunk + 1), tl.load(chunk + 2)
@@ -113,12 +125,11 @@ def _reduce_kernel(
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
     INPUTS: tl.constexpr,
-    FIELDS: tl.constexpr,
 ):
     member, first, outputs, columns = locate(tl.program_id(0), bound_0, bound_1, bound_2, bound_3, COLUMNS)
     segment = segments_ptr + 3 * tl.program_id(1)
     slot = tl.load(segment)
-    address, rank, _, _ = gradient_facts(table_ptr + slot * FIELDS, member, INPUTS)
+    address, rank, _, _ = gradient_facts(site_at(table_ptr, slot), member, INPUTS)
     r = tl.program_id(2) * RANK + tl.arange(0, RANK)
     mask = (r < rank)[:, None] & (columns < outputs)[None, :]
     acc = tl.zeros((RANK, COLUMNS), dtype=tl.float32)
@@ -142,7 +153,7 @@ def add_gradient(
     bounds: tuple[int, ...],
     ranks: int,
     routes: Any,
-    table_SF: Tensor,
+    table_SF: Any,
     *,
     inputs: bool,
 ) -> None:
@@ -171,7 +182,6 @@ def add_gradient(
         INPUTS=inputs,
         DIRECT=partial is None,
         DROP=drop,
-        FIELDS=FIELDS,
         num_warps=4,
         num_stages=4,
     )
@@ -179,7 +189,7 @@ def add_gradient(
         reduce_gradient(partial, bounds, routes, table_SF, inputs=inputs)
 
 
-def reduce_gradient(partial: Tensor, bounds: tuple[int, ...], routes: Any, table_SF: Tensor, *, inputs: bool) -> None:
+def reduce_gradient(partial: Tensor, bounds: tuple[int, ...], routes: Any, table_SF: Any, *, inputs: bool) -> None:
     """Add every chunk's part to the gradients, in the order of the chunks."""
     ranks, columns = partial.shape[1], 128
     rank = padded_rank(ranks)
@@ -192,6 +202,5 @@ def reduce_gradient(partial: Tensor, bounds: tuple[int, ...], routes: Any, table
         COLUMNS=columns,
         RANK=rank,
         INPUTS=inputs,
-        FIELDS=FIELDS,
         num_warps=4,
     )

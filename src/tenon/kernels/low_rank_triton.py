@@ -1,5 +1,8 @@
 """The Triton kernels of `low_rank` that make and add low-rank terms. Shape legend as there."""
 
+# In a kernel, what a flag leaves unbound is never compiled.
+# pyright: reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 from typing import Any
@@ -7,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from tenon.kernels.blocks_triton import (
-    FIELDS,
     TILE,
     bits_to_float,
     column_blocks,
@@ -15,9 +17,13 @@ from tenon.kernels.blocks_triton import (
     input_block,
     keep,
     locate,
+    matrix_at,
+    member_at,
     member_block,
     padded_rank,
+    ranks_at,
     row_block,
+    site_at,
     tile_rows,
 )
 from tenon.kernels.gpu import ceil_div, jit, tl
@@ -37,13 +43,11 @@ def _project_kernel(
     DEPTH: tl.constexpr,
     RANK: tl.constexpr,
     DROP: tl.constexpr,
-    FIELDS: tl.constexpr,
 ):
-    slot, rows, row_mask = tile_rows(tiles_ptr, ROWS, 64 // ROWS)
+    slot, rows, row_mask = tile_rows(tiles_ptr, ROWS)
     if slot >= 0:
-        site = table_ptr + slot * FIELDS
-        a_ptr = tl.load(site).to(low_ptr.dtype)
-        rank = tl.load(site + 2).to(tl.int32)
+        site = site_at(table_ptr, slot)
+        a_ptr, rank = matrix_at(tl.load(site), low_ptr), ranks_at(site + 2)
         r = tl.program_id(1) * RANK + tl.arange(0, RANK)
         acc = tl.zeros((ROWS, RANK), dtype=tl.float32)
         width = tl.where(tl.program_id(1) * RANK < rank, width, 0)
@@ -84,16 +88,14 @@ def _project_back_kernel(
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
     RANK: tl.constexpr,
-    FIELDS: tl.constexpr,
 ):
-    slot, rows, row_mask = tile_rows(tiles_ptr, ROWS, 64 // ROWS)
+    slot, rows, row_mask = tile_rows(tiles_ptr, ROWS)
     member = tl.program_id(1)
     begin = tl.where(member == 0, bound_0, tl.where(member == 1, bound_1, bound_2))
     end = tl.where(member == 0, bound_1, tl.where(member == 1, bound_2, bound_3))
     if slot >= 0:
-        at = table_ptr + slot * FIELDS + 6 + member * 5
-        b_ptr = tl.load(at).to(low_ptr.dtype)
-        rank = tl.load(at + 2).to(tl.int32)
+        at = member_at(site_at(table_ptr, slot), member)
+        b_ptr, rank = matrix_at(tl.load(at), low_ptr), ranks_at(at + 2)
         if tl.program_id(2) * RANK < rank:
             r = tl.program_id(2) * RANK + tl.arange(0, RANK)
             acc = tl.zeros((ROWS, RANK), dtype=tl.float32)
@@ -111,7 +113,7 @@ def _project_back_kernel(
                 )
                 acc = tl.dot(dy, b, acc, input_precision="ieee")
             acc = acc * bits_to_float(tl.load(at + 4))
-            target = low_ptr + rows[:, None] * low_stride + tl.load(at + 3) + r[None, :]
+            target = low_ptr + rows[:, None] * low_stride + ranks_at(at + 3) + r[None, :]
             tl.store(target, acc.to(low_ptr.dtype.element_ty), mask=row_mask[:, None] & (r < rank)[None, :])
 
 
@@ -128,16 +130,16 @@ def _add_kernel(
     bound_1,
     bound_2,
     bound_3,
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
     BACK: tl.constexpr,
     DROP: tl.constexpr,
-    FIELDS: tl.constexpr,
 ):
-    slot, rows, row_mask = tile_rows(tiles_ptr, 64, 1)
+    slot, rows, row_mask = tile_rows(tiles_ptr, ROWS)
     member, first, outputs, o = locate(tl.program_id(1), bound_0, bound_1, bound_2, bound_3, COLUMNS)
     if slot >= 0:
-        site = table_ptr + slot * FIELDS
+        site = site_at(table_ptr, slot)
         mask = row_mask[:, None] & (o < outputs)[None, :]
         if BACK:
             term = input_block(low_ptr, low_stride, rows, row_mask, site, o, outputs, draw_ptr, RANK, DROP)
@@ -148,11 +150,11 @@ def _add_kernel(
         tl.store(target, (y.to(tl.float32) + term).to(y.dtype), mask=mask)
 
 
-def project(x_TD: Tensor, low_TW: Tensor, routes: Any, table_SF: Tensor) -> None:
-    """See `low_rank.project`."""
-    rows, rank = row_block(x_TD.shape[0]), padded_rank(low_TW.shape[1])
+def project(x_TD: Tensor, low_TW: Tensor, width: int, routes: Any, table_SF: Any) -> None:
+    """See `low_rank.project`. width: the widest low."""
+    rows, rank = row_block(x_TD.shape[0]), padded_rank(width)
     drop = routes.draw_T is not None
-    _project_kernel[(routes.tiles_N3.shape[0] * (TILE // rows), ceil_div(low_TW.shape[1], rank))](
+    _project_kernel[(routes.tiles_N3.shape[0] * (TILE // rows), ceil_div(width, rank))](
         x_TD,
         x_TD.stride(0),
         low_TW,
@@ -165,14 +167,13 @@ def project(x_TD: Tensor, low_TW: Tensor, routes: Any, table_SF: Tensor) -> None
         DEPTH=128,
         RANK=rank,
         DROP=drop,
-        FIELDS=FIELDS,
         num_warps=4,
         num_stages=4,
     )
 
 
 def project_back(
-    dy_TO: Tensor, d_low_TW: Tensor, bounds: tuple[int, ...], rank: int, routes: Any, table_SF: Tensor
+    dy_TO: Tensor, d_low_TW: Tensor, bounds: tuple[int, ...], rank: int, routes: Any, table_SF: Any
 ) -> None:
     """See `low_rank.project_back`. rank: the widest of one module."""
     rows, padded = row_block(dy_TO.shape[0]), padded_rank(rank)
@@ -187,7 +188,6 @@ def project_back(
         ROWS=rows,
         DEPTH=128,
         RANK=padded,
-        FIELDS=FIELDS,
         num_warps=4,
         num_stages=4,
     )
@@ -199,13 +199,12 @@ def add(
     bounds: tuple[int, ...],
     rank: int,
     routes: Any,
-    table_SF: Tensor,
+    table_SF: Any,
     *,
     back: bool,
 ) -> None:
-    """See `low_rank.Sum.settled`; back: y is a gradient of inputs."""
+    """See `low_rank.Sum.settled`. rank: the widest term; back: y is a gradient of inputs."""
     columns = 128
-    bounds = (0, y_TO.shape[1]) if back else bounds
     drop = back and routes.draw_T is not None
     _add_kernel[(routes.tiles_N3.shape[0], column_blocks(bounds, columns))](
         y_TO,
@@ -216,10 +215,10 @@ def add(
         table_SF,
         routes.draw_T if drop else low_TW,
         *four_bounds(bounds),
+        ROWS=TILE,
         COLUMNS=columns,
-        RANK=padded_rank(low_TW.shape[1] if back else rank),
+        RANK=padded_rank(rank),
         BACK=back,
         DROP=drop,
-        FIELDS=FIELDS,
         num_warps=4,
     )

@@ -4,14 +4,16 @@ is padded to a power of two.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tenon.kernels.blocks_triton import FIELDS, TILE, block_rows, member_block, padded_rank
+from tenon.kernels.blocks_triton import TILE, block_rows, member_block, padded_rank, site_at
 from tenon.kernels.gpu import ceil_div, jit, power_of_two, tl
 from tenon.kernels.low_rank import Sum
+from tenon.kernels.low_rank_classes import classes
 
 if TYPE_CHECKING:
     from tenon.kernels.rotary import HeadShape, Rotation
@@ -40,7 +42,6 @@ def _make_heads_kernel(
     ROUTED: tl.constexpr,
     ROTATE: tl.constexpr,
     NORM: tl.constexpr,
-    FIELDS: tl.constexpr,
 ):
     slot, rows, row_mask = block_rows(tiles_ptr, tokens, ROWS, ROUTED)
     head = tl.program_id(1)
@@ -55,7 +56,7 @@ def _make_heads_kernel(
     element = qkv_ptr.dtype.element_ty
     if ROUTED:
         if slot >= 0:
-            site = table_ptr + slot * FIELDS
+            site = site_at(table_ptr, slot)
             o = (head - first_head) * SIZE + e
             first += member_block(low_ptr, low_stride, rows, row_mask, site, member, o, inside, RANK)
             second += member_block(low_ptr, low_stride, rows, row_mask, site, member, o + SIZE // 2, inside, RANK)
@@ -160,6 +161,16 @@ def make_heads(qkv: Sum, rotation: Rotation | None, shape: HeadShape) -> tuple[T
     qkv_TO, addend = qkv.y_TO, qkv.addend
     normed = shape.q_norm_E is not None
     out_TO = torch.empty_like(qkv_TO) if normed else qkv_TO
+    for low in (None,) if addend is None else classes(addend.low, stacked=False):
+        mine = None if addend is None or low is None else replace(addend, low=low)
+        _make_heads(Sum(qkv_TO, mine), out_TO, rotation, shape)
+    qkv.addend = None
+    return out_TO, qkv_TO if normed else None
+
+
+def _make_heads(qkv: Sum, out_TO: Tensor, rotation: Rotation | None, shape: HeadShape) -> None:
+    """Of all tokens, or of those whose slots the term has."""
+    qkv_TO, addend = qkv.y_TO, qkv.addend
     routes = None if addend is None else addend.low.routes
     blocks = ceil_div(qkv_TO.shape[0], _ROWS) if routes is None else routes.tiles_N3.shape[0] * (TILE // _ROWS)
     low_TW = qkv_TO if addend is None else addend.low_TW
@@ -184,12 +195,9 @@ def make_heads(qkv: Sum, rotation: Rotation | None, shape: HeadShape) -> tuple[T
         RANK=16 if addend is None else padded_rank(addend.low.rank),
         ROUTED=routes is not None,
         ROTATE=rotation is not None,
-        NORM=normed,
-        FIELDS=FIELDS,
+        NORM=shape.q_norm_E is not None,
         num_warps=4,
     )
-    qkv.addend = None
-    return out_TO, qkv_TO if normed else None
 
 
 def make_heads_backward(

@@ -2,7 +2,9 @@
 
 So it holds the slot's matrices for its features while it walks, adds the low-rank terms of gate, up and dh as it reads
 them, and on the way back sums up the gradients of the three matrices that meet h, d_gate and d_up: those two tensors
-are not read again for it, and h is never written. Shape legend as in `swiglu`.
+are not read again for it, and h is never written. Slots of like rank share a launch (`low_rank_classes`); those of a
+rank that no program can hold have their terms added, and their gradients summed, by kernels that take it a part at a
+time. Shape legend as in `swiglu`.
 """
 
 # In a kernel, what a flag leaves unbound is never compiled.
@@ -11,13 +13,15 @@ are not read again for it, and h is never written. Shape legend as in `swiglu`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from tenon.kernels.blocks_triton import FIELDS, bits_to_float, keep
+from tenon.kernels.blocks_triton import bits_to_float, keep, matrix_at, member_at, ranks_at, site_at
 from tenon.kernels.gpu import ceil_div, jit, power_of_two, tl
 from tenon.kernels.low_rank import Addend, Sum, add_gradient_a, add_gradient_b
+from tenon.kernels.low_rank_classes import RankClass, class_size, classes, of_class, rank_classes, slot_ranks
 from tenon.kernels.low_rank_gradient_triton import add_to_gradient, gradient_facts, partial_sums, reduce_gradient
 
 
@@ -40,15 +44,21 @@ def _low(low_ptr, stride, rows, row_mask, start, rank, RANK: tl.constexpr):
 
 
 @jit
+def _rank(at, slot):
+    """A rank of these fields; 0 where there is no slot."""
+    return tl.multiple_of(tl.where(slot >= 0, tl.load(at + 2), 0).to(tl.int32), 8)
+
+
+@jit
 def _module_b(site, member, slot, f, width, like_ptr, RANK: tl.constexpr):
     """(s B^T (RANK, features) as it is, rank, place of its ranks, s) of gate or up; nothing where there is no slot."""
-    at = site + 6 + member * 5
-    rank = tl.where(slot >= 0, tl.load(at + 2), 0).to(tl.int32)
+    at = member_at(site, member)
+    rank = _rank(at, slot)
     r = tl.arange(0, RANK)
-    b_ptr = tl.load(at).to(like_ptr.dtype)
+    b_ptr = matrix_at(tl.load(at), like_ptr)
     mask = (r < rank)[:, None] & (f < width)[None, :]
     b = tl.load(b_ptr + f[None, :].to(tl.int64) * rank + r[:, None], mask=mask, other=0.0)
-    return b, rank, tl.load(at + 3), bits_to_float(tl.load(at + 4))
+    return b, rank, ranks_at(at + 3), bits_to_float(tl.load(at + 4))
 
 
 @jit
@@ -67,14 +77,14 @@ def _swiglu_kernel(
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
     ROUTED: tl.constexpr,
+    LOW: tl.constexpr,
     RUN: tl.constexpr,
     STAGES: tl.constexpr,
-    FIELDS: tl.constexpr,
 ):
     slot, begin, end = _run(runs_ptr, tokens, ROUTED, RUN)
     f = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    if ROUTED:
-        site = table_ptr + tl.maximum(slot, 0) * FIELDS
+    if LOW:
+        site = site_at(table_ptr, tl.maximum(slot, 0))
         b_gate, rank_gate, start_gate, s_gate = _module_b(site, 0, slot, f, width, low_ptr, RANK)
         b_up, rank_up, start_up, s_up = _module_b(site, 1, slot, f, width, low_ptr, RANK)
     for at in tl.range(begin, end, ROWS, num_stages=STAGES):
@@ -84,7 +94,7 @@ def _swiglu_kernel(
         gate_at = gate_up_ptr + rows[:, None] * gate_up_stride + f[None, :]
         gate = tl.load(gate_at, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(gate_at + width, mask=mask, other=0.0).to(tl.float32)
-        if ROUTED:
+        if LOW:
             low_gate = _low(low_ptr, low_stride, rows, row_mask, start_gate, rank_gate, RANK)
             low_up = _low(low_ptr, low_stride, rows, row_mask, start_up, rank_up, RANK)
             gate += tl.dot(low_gate, b_gate, input_precision="ieee") * s_gate
@@ -126,23 +136,22 @@ def _swiglu_backward_kernel(
     KEEP_H: tl.constexpr,
     RUN: tl.constexpr,
     STAGES: tl.constexpr,
-    FIELDS: tl.constexpr,
 ):
     slot, begin, end = _run(chunks_ptr, tokens, ROUTED, RUN)
     f = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = f < width
     element = dh_ptr.dtype.element_ty
     if LOW:
-        site = table_ptr + tl.maximum(slot, 0) * FIELDS
+        site = site_at(table_ptr, tl.maximum(slot, 0))
         b_gate, rank_gate, start_gate, s_gate = _module_b(site, 0, slot, f, width, low_ptr, RANK)
         b_up, rank_up, start_up, s_up = _module_b(site, 1, slot, f, width, low_ptr, RANK)
         sum_gate = tl.zeros((RANK, COLUMNS), dtype=tl.float32)
         sum_up = tl.zeros((RANK, COLUMNS), dtype=tl.float32)
     if D_LOW:
-        d_site = d_table_ptr + tl.maximum(slot, 0) * FIELDS
-        d_rank = tl.where(slot >= 0, tl.load(d_site + 2), 0).to(tl.int32)
+        d_site = site_at(d_table_ptr, tl.maximum(slot, 0))
+        d_rank = _rank(d_site, slot)
         r = tl.arange(0, D_RANK)
-        a_ptr = tl.load(d_site).to(d_low_ptr.dtype)
+        a_ptr = matrix_at(tl.load(d_site), d_low_ptr)
         a_mask = (r < d_rank)[:, None] & inside[None, :]
         a = tl.load(a_ptr + r[:, None].to(tl.int64) * width + f[None, :], mask=a_mask, other=0.0)
         sum_a = tl.zeros((D_RANK, COLUMNS), dtype=tl.float32)
@@ -227,20 +236,31 @@ def _finish(
 _RUN = 256
 # Up to here a GPU is not full, and longer blocks of tokens hide more of the memory's latency.
 _FEW_TOKENS = 2048
-# Ranks whose sums a program can hold beside its blocks.
-_MOST_HELD = 32
+# Ranks that a program can hold beside its blocks, and those beside which its blocks may be wide.
+_MOST_HELD = 64
+_FEW_HELD = 32
 
 
 def swiglu(gate_up: Sum, h_TF: Tensor) -> None:
     """See `swiglu.swiglu`; written into h_TF."""
-    if _is_wide(gate_up.addend):
-        gate_up.settled()
-    gate_up_TF2, addend = gate_up.y_TO, gate_up.addend
+    addend = gate_up.addend
+    if addend is None:
+        _forward(gate_up.y_TO, h_TF, None, None)
+        return
+    for low in classes(addend.low, stacked=False):
+        mine = replace(addend, low=low)
+        if _is_wide(mine):
+            Sum(gate_up.y_TO, mine).settled()
+            gate_up.addend = replace(addend, up_to=_MOST_HELD)
+        _forward(gate_up.y_TO, h_TF, low.routes, None if _is_wide(mine) else mine)
+
+
+def _forward(gate_up_TF2: Tensor, h_TF: Tensor, routes: Any, addend: Addend | None) -> None:
+    """Over the tokens of these routes, with a term or without."""
     tokens, width = h_TF.shape
-    routes: Any = None if addend is None else addend.low.routes
     low_TW = h_TF if addend is None else addend.low_TW
     rank = 16 if addend is None else power_of_two(addend.low.rank, least=16)
-    columns = 128
+    columns = 128 if rank <= _FEW_HELD else 64
     runs = ceil_div(tokens, _RUN) if routes is None else routes.tiles_N3.shape[0]
     _swiglu_kernel[(ceil_div(width, columns), runs)](
         gate_up_TF2,
@@ -257,48 +277,91 @@ def swiglu(gate_up: Sum, h_TF: Tensor) -> None:
         COLUMNS=columns,
         RANK=rank,
         ROUTED=routes is not None,
+        LOW=addend is not None,
         RUN=_RUN,
         STAGES=3,
-        FIELDS=FIELDS,
         num_warps=4,
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """One launch of the backward pass. routes: its tokens, None for all. back, ahead: whose gradients it sums up.
+
+    adds_back, adds_ahead: whether dh, gate and up lack their terms. keep_h: write h over dh.
+    """
+
+    routes: Any
+    back: Addend | None
+    ahead: Addend | None
+    adds_back: bool = False
+    adds_ahead: bool = False
+    keep_h: bool = False
+
+
 def swiglu_backward(dh: Sum, gate_up: Sum, back: Addend | None, ahead: Addend | None) -> Tensor:
     """See `swiglu.swiglu_backward`."""
-    if _is_wide(back) or _is_wide(ahead):
-        return _wide_backward(dh, gate_up, back, ahead)
-    return _backward(dh, gate_up, back, ahead, keep_h=False)
+    for routes, mine_back, mine_ahead in _by_class(back, ahead):
+        _of_class_backward(dh, gate_up, routes, mine_back, mine_ahead)
+    dh.addend = gate_up.addend = None
+    return gate_up.y_TO
 
 
-def _wide_backward(dh: Sum, gate_up: Sum, back: Addend | None, ahead: Addend | None) -> Tensor:
-    """With sums of its own kernels, which take large ranks a part at a time and small ones beside them once."""
-    dh.settled()
-    gate_up.settled()
-    d_gate_up_TF2 = _backward(dh, gate_up, None, None, keep_h=True)
-    if back is not None:
+def _by_class(back: Addend | None, ahead: Addend | None) -> list[tuple[Any, Addend | None, Addend | None]]:
+    """(tokens, back, ahead) of each class of the slots' ranks at gate and up, and at down."""
+    either = back or ahead
+    if either is None or either.low.routes is None:
+        return [(None, back, ahead)]
+    ranks = [{} if x is None else slot_ranks(x.low, stacked=False) for x in (ahead, back)]
+    slots = ranks[0] | ranks[1]
+    sizes = {slot: (class_size(ranks[0].get(slot, 0)), class_size(ranks[1].get(slot, 0))) for slot in slots}
+    found = rank_classes(either.low.routes, sizes)
+    return [(one.routes, _of_class(back, one), _of_class(ahead, one)) for one in found]
+
+
+def _of_class(addend: Addend | None, one: RankClass) -> Addend | None:
+    low = None if addend is None else of_class(addend.low, one)
+    return None if addend is None or low is None else replace(addend, low=low)
+
+
+def _of_class_backward(dh: Sum, gate_up: Sum, routes: Any, back: Addend | None, ahead: Addend | None) -> None:
+    """Large ranks have sums of their own kernels, which take them a part at a time."""
+    wide_back, wide_ahead = _is_wide(back), _is_wide(ahead)
+    adds_back, adds_ahead = dh.addend is not None, gate_up.addend is not None
+    if wide_back and adds_back:
+        Sum(dh.y_TO, back).settled()
+    if wide_ahead and gate_up.addend is not None and gate_up.addend.up_to is None:
+        Sum(gate_up.y_TO, ahead).settled()
+    held_back, held_ahead = None if wide_back else back, None if wide_ahead else ahead
+    way = _Way(
+        routes,
+        held_back,
+        held_ahead,
+        adds_back=adds_back and held_back is not None,
+        adds_ahead=adds_ahead and held_ahead is not None,
+        keep_h=wide_back,
+    )
+    _backward(dh.y_TO, gate_up.y_TO, way)
+    if wide_back and back is not None:
         add_gradient_a(dh.y_TO, back.low_TW, back.low)
-    if ahead is not None:
-        add_gradient_b(d_gate_up_TF2, ahead.low_TW, ahead.low)
-    return d_gate_up_TF2
+    if wide_ahead and ahead is not None:
+        add_gradient_b(gate_up.y_TO, ahead.low_TW, ahead.low)
 
 
 def _is_wide(addend: Addend | None) -> bool:
-    return addend is not None and max(addend.low.rank, addend.low.width) > _MOST_HELD
+    return addend is not None and addend.low.rank > _MOST_HELD
 
 
-def _backward(dh: Sum, gate_up: Sum, back: Addend | None, ahead: Addend | None, *, keep_h: bool) -> Tensor:
-    """keep_h: write h over dh."""
-    dh_TF, gate_up_TF2 = dh.y_TO, gate_up.y_TO
+def _backward(dh_TF: Tensor, gate_up_TF2: Tensor, way: _Way) -> None:
+    """One launch, and another that adds up the chunks' parts of the gradients where there are several."""
     tokens, width = dh_TF.shape
-    either = back or ahead
-    routes: Any = None if either is None else either.low.routes
+    routes, back, ahead = way.routes, way.back, way.ahead
     rank = 16 if ahead is None else power_of_two(ahead.low.rank, least=16)
-    d_rank = 16 if back is None else power_of_two(back.low.width, least=16)
-    columns = 64
+    d_rank = 16 if back is None else power_of_two(back.low.rank, least=16)
+    columns = 64 if max(rank, d_rank) <= _FEW_HELD else 32
     runs = ceil_div(tokens, _RUN) if routes is None else routes.chunks_C3.shape[0]
     partial_b = None if ahead is None else partial_sums(dh_TF, ahead.low.rank, 2 * width, routes)
-    partial_a = None if back is None else partial_sums(dh_TF, back.low.width, width, routes)
+    partial_a = None if back is None else partial_sums(dh_TF, back.low.rank, width, routes)
     drop = back is not None and routes.draw_T is not None
     low_TW = dh_TF if ahead is None else ahead.low_TW
     d_low_TW = dh_TF if back is None else back.low_TW
@@ -319,7 +382,7 @@ def _backward(dh: Sum, gate_up: Sum, back: Addend | None, ahead: Addend | None, 
         tokens,
         width,
         0 if ahead is None else ahead.low.rank,
-        0 if back is None else back.low.width,
+        0 if back is None else back.low.rank,
         ROWS=16 if tokens > _FEW_TOKENS else 32,
         COLUMNS=columns,
         RANK=rank,
@@ -327,20 +390,17 @@ def _backward(dh: Sum, gate_up: Sum, back: Addend | None, ahead: Addend | None, 
         ROUTED=routes is not None,
         LOW=ahead is not None,
         D_LOW=back is not None,
-        ADD_LOW=gate_up.addend is not None,
-        ADD_D_LOW=dh.addend is not None,
+        ADD_LOW=way.adds_ahead,
+        ADD_D_LOW=way.adds_back,
         DROP=drop,
         DIRECT=routes is None or routes.whole,
-        KEEP_H=keep_h,
+        KEEP_H=way.keep_h,
         RUN=_RUN,
         STAGES=3,
-        FIELDS=FIELDS,
         num_warps=4,
     )
     _reduce(partial_a, back, (0, width), inputs=True)
     _reduce(partial_b, ahead, (0, width, 2 * width), inputs=False)
-    dh.addend = gate_up.addend = None
-    return gate_up_TF2
 
 
 def _reduce(partial: Tensor | None, addend: Addend | None, bounds: tuple[int, ...], *, inputs: bool) -> None:

@@ -23,7 +23,7 @@ from tenon.bases.facts import MODULE_PATHS, STACKS, ModelFacts
 from tenon.batch import Batch
 from tenon.kernels.blocks_triton import TILE
 from tenon.kernels.gpu import can_fuse
-from tenon.kernels.low_rank import RANK_STEP, LoraGroup, LowRank, Routes, Sum
+from tenon.kernels.low_rank import CUT_TOKENS, RANK_STEP, LoraGroup, LowRank, Routes, Sum
 from tenon.kernels.nf4 import Nf4Weight
 from tenon.kernels.rms_norm import add_norm, add_norm_backward
 from tenon.kernels.rotary import HeadShape, Rotation
@@ -251,7 +251,8 @@ class Decoder:
             listed = batch.routes
             if listed is None:
                 raise ValueError("fused kernels need a batch that lists its tiles: PackOptions(tile_tokens=…)")
-            routes = Routes(listed.tiles_N3, listed.chunks_C3, listed.segments_M3, listed.whole, batch.draw_T)
+            host = listed.listed if batch.tokens >= CUT_TOKENS else None
+            routes = Routes(listed.tiles_N3, listed.chunks_C3, listed.segments_M3, listed.whole, batch.draw_T, host)
 
         rider = self._take_rider(batch, bank)
 

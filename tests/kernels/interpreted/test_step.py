@@ -18,7 +18,7 @@ from tenon.adapters.bank import AdapterBank
 from tenon.batch import NO_SLOT
 from tenon.data import pack
 from tenon.data.pack import PackOptions, PackRow, bare_row, pack_rows
-from tenon.kernels import blocks_triton, low_rank, swiglu_triton
+from tenon.kernels import blocks_triton, low_rank, low_rank_classes, swiglu_triton
 from tenon.kernels.linear_cross_entropy import loss_and_gradient
 from tenon.models import decoder as decoders
 from tenon.models.decoder import Decoder
@@ -34,7 +34,8 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", *MLP)
 class Case:
     """ranks, modules: of each slot. chunk: tokens above which sums are cut.
 
-    most_rank: of one pass. most_held: of one program's sums.
+    most_rank: of one pass. most_held: of one program's sums. cut: whether classes of rank, the narrowest up to 8, have
+    launches of their own. long: whether every slot has so many tokens that products are torch's own.
     """
 
     ranks: Sequence[int]
@@ -48,7 +49,9 @@ class Case:
     keep: Keep = Keep.ALL
     scale: float = 1.5
     most_rank: int = 64
-    most_held: int = 32
+    most_held: int = 64
+    cut: bool = False
+    long: bool = False
 
 
 CASES = {
@@ -61,6 +64,14 @@ CASES = {
     "more ranks than one pass takes": Case([14, 4], [ALL, ALL], most_rank=16),
     "the same in chunks": Case([14, 4], [ALL, MLP], most_rank=16, chunk=32, drop=0.1),
     "ranks whose sums no program holds": Case([13, 4], [ALL, MLP], most_held=4),
+    "classes of rank": Case([14, 3, 5], [ALL, ALL, MLP], cut=True),
+    "one class of rank": Case([3, 5], [ALL, MLP], cut=True, bare=True),
+    "classes, dropout, chunks, a bare row": Case([3, 14, 22], [QV, ALL, MLP], 0.2, True, bare=True, chunk=32, cut=True),
+    "classes in chunks": Case([3, 14, 5], [ALL, ALL, MLP], chunk=32, cut=True),
+    "classes, some that no program holds": Case([3, 30, 14], [ALL, MLP, ALL], most_held=16, chunk=32, cut=True),
+    "the same, dropped out": Case([30, 14, 3], [MLP, QV, ALL], most_held=8, drop=0.2, cut=True, bare=True),
+    "the same, computed again": Case([14, 3], [ALL, ALL], most_held=8, cut=True, keep=Keep.MOST),
+    "classes of long parts": Case([14, 3, 30], [ALL, ALL, MLP], most_held=16, cut=True, long=True, bare=True),
     "computed again": Case([4], [ALL], keep=Keep.INPUT),
     "half computed again": Case([4], [ALL], keep=Keep.MOST),
     "one slot in the borders": Case([5], [ALL], ride=True),
@@ -109,7 +120,9 @@ def test_fused_and_plain_steps_are_the_same(name: str, device: torch.device, mon
     monkeypatch.setattr(blocks_triton, "MOST_RANK", case.most_rank)
     monkeypatch.setattr(swiglu_triton, "_MOST_HELD", case.most_held)
     monkeypatch.setattr(decoders, "_RIDE_TOKENS", 1)
-    monkeypatch.setattr(low_rank, "_LONG_TOKENS", 1 if case.ride else 10_000)
+    monkeypatch.setattr(low_rank, "_LONG_TOKENS", 1 if case.ride or case.long else 10_000)
+    monkeypatch.setattr(decoders, "CUT_TOKENS", 1 if case.cut else 10_000)
+    monkeypatch.setattr(low_rank_classes, "_LEAST", 8)
     nll, gradients = step(case, device, fuse=True)
     reference_nll, references = step(case, device, fuse=False)
     torch.testing.assert_close(nll, reference_nll, rtol=1e-4, atol=1e-5)
