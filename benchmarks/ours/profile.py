@@ -33,7 +33,7 @@ _PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::_scaled_mm", "ate
 _GROUPS = {
     "attention": ("flash", "cudnn", "fmha", "sdpa"),
     "activation": ("swiglu",),
-    "norms": ("norm_kernel", "norm_backward"),
+    "norms": ("norm_kernel", "norm_backward", "_row_kernel", "_row_backward"),
     "heads and rotation": ("heads", "rotary"),
     "low-rank kernels": ("_project", "_add_kernel", "_gradient_kernel", "_reduce_kernel"),
     "quantisation": ("quantise", "transpose", "dequant"),
@@ -83,7 +83,8 @@ def kernels_by_group(run: Callable[[], object]) -> tuple[dict[str, float], list[
     for event in found.key_averages(group_by_input_shape=True):
         ms = event.self_device_time_total / 1e3 / PROFILED_STEPS
         if event.device_type.name == "CPU" and event.key in _PRODUCTS:
-            shapes = [shape for shape in event.input_shapes if len(shape) == 2]
+            # The two factors; a quantised product's scales come after them.
+            shapes = [shape for shape in event.input_shapes if len(shape) == 2][:2]
             thin = bool(shapes) and min(min(shape) for shape in shapes) <= _THIN
             groups["thin products" if thin else "large products"] += ms
             products_ms += ms

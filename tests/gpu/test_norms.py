@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tenon.kernels.fp8 import FP8_DTYPE, Fp8Rows, empty_rows, quantise_rows_reference
 from tenon.kernels.low_rank import Addend, Sum
-from tenon.kernels.rms_norm import add_norm, add_norm_backward
+from tenon.kernels.rms_norm import Quantised, add_norm, add_norm_backward
 from tests.gpu.kit import (
+    DTYPES,
+    INTERPRETED,
     LONG,
     ODD,
     ONE,
@@ -103,3 +106,44 @@ def test_backward(
     judge("add_norm_backward dx", dx_TD, exact, roundings=2)
     judge("add_norm_backward n", n_TD, exact_norm(x_TD, gain_D), roundings=2)
     assert tail_is_untouched(dx_TD, reader)
+
+
+@pytest.mark.parametrize("term", [False, True])
+@pytest.mark.parametrize(("width", "dtype"), each(SIZES, FEW))
+def test_results_in_fp8_have_the_bits_of_those_quantised_apart(
+    width: int, term: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    tokens = SIZES[width]
+    fits_here(count(tokens), width)
+    draw = Draw(width, dtype, device)
+    x_TD, y_TD, gain_D = draw(count(tokens), width), draw(count(tokens), width), draw.gain(width)
+    scale_D = draw(width).abs().float() * 1e-3
+    low = make_slots(Site(RANKS, width, (width,)), tokens, draw).low
+    low_TW = activations(low, tokens, draw)
+    update, dn = (Sum(y_TD.clone(), Addend(low_TW, low, back=back) if term else None) for back in (False, True))
+    ahead, back = (Quantised(rows_in_fp8(count(tokens), width, device), scale) for scale in (None, scale_D))
+    _, n_TD = add_norm(x_TD, update, gain_D, EPS, fuse=True, quantised=ahead)
+    dx_TD, _ = add_norm_backward(dn, x_TD, None, gain_D, EPS, fuse=True, quantised=back)
+    for found, rows_TD in ((ahead, n_TD), (back, dx_TD)):
+        wanted = quantise_rows_reference(rows_TD, found.column_scale_D)
+        assert torch.equal(found.rows.scale_T, wanted.scale_T)
+        values_TD = found.rows.values_TD.to(FP8_DTYPE)
+        assert torch.equal(values_TD.view(torch.uint8), wanted.values_TD.view(torch.uint8))
+
+
+def rows_in_fp8(tokens: int, width: int, device: torch.device) -> Fp8Rows:
+    """The interpreter cuts fp8 off instead of rounding it: there the values stay fp32."""
+    rows = empty_rows(tokens, width, device)
+    return Fp8Rows(torch.empty((tokens, width), device=device), rows.scale_T) if INTERPRETED else rows
+
+
+@pytest.mark.parametrize("term", ["none", "low"])
+def test_a_norm_made_again_has_its_bits(term: str, device: torch.device) -> None:
+    tokens, width = ODD, 896
+    draw = Draw(width, DTYPES[0], device)
+    x_TD, y_TD, gain_D = draw(count(tokens), width), draw(count(tokens), width), draw.gain(width)
+    low = make_slots(Site(RANKS, 64, (width,)), tokens, draw).low
+    addend = Addend(activations(low, tokens, draw), low, back=False) if term == "low" else None
+    out_TD, n_TD = add_norm(x_TD, Sum(y_TD, addend), gain_D, EPS, fuse=True)
+    again_TD = add_norm(out_TD, None, gain_D, EPS, fuse=True, added=None if addend is None else low)[1]
+    assert torch.equal(n_TD, again_TD)

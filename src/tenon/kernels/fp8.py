@@ -41,6 +41,12 @@ class Fp8Rows:
     scale_T: Tensor
 
 
+def empty_rows(tokens: int, width: int, device: torch.device) -> Fp8Rows:
+    """Room for (T, D), not initialised."""
+    values_TD = torch.empty((tokens, width), dtype=FP8_DTYPE, device=device)
+    return Fp8Rows(values_TD, torch.empty(tokens, dtype=torch.float32, device=device))
+
+
 def quantise_rows_reference(x_TD: Tensor, column_scale_D: Tensor | None = None) -> Fp8Rows:
     """The formula in plain torch."""
     x = x_TD.float() if column_scale_D is None else x_TD.float() * column_scale_D
@@ -64,12 +70,16 @@ def quantise_rows(x_TD: Tensor, column_scale_D: Tensor | None = None) -> Fp8Rows
     if not has_fp8(x_TD.device):
         return quantise_rows_reference(x_TD, column_scale_D)
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-    values_TD = torch.empty(x_TD.shape, dtype=FP8_DTYPE, device=x_TD.device)
-    rows = Fp8Rows(values_TD, torch.empty(len(x_TD), dtype=torch.float32, device=x_TD.device))
+    rows = empty_rows(x_TD.shape[0], x_TD.shape[1], x_TD.device)
+    fill_rows(rows, x_TD, column_scale_D)
+    return rows
+
+
+def fill_rows(rows: Fp8Rows, x_TD: Tensor, column_scale_D: Tensor | None = None) -> None:
+    """Quantise into room that is there, on a GPU that has fp8 (or in Triton's interpreter)."""
     fused.quantise_rows(
         x_TD, column_scale_D, rows.values_TD, rows.scale_T, fp8_max=FP8_MAX, smallest_amax=SMALLEST_AMAX
     )
-    return rows
 
 
 def dequantise_rows(rows: Fp8Rows, dtype: torch.dtype) -> Tensor:

@@ -25,6 +25,14 @@ def _load(x_ptr, column_scale_ptr, start, WIDTH: tl.constexpr, FOLD: tl.constexp
 
 
 @jit
+def store_row(x, inside, values_ptr, scale_ptr, fp8_max, smallest_amax):
+    """Write one row, fp32 in registers, as fp8 with its scale. values_ptr: to each of its places."""
+    amax = tl.maximum(tl.max(tl.abs(x), axis=0), smallest_amax)
+    tl.store(values_ptr, (x * tl.div_rn(fp8_max, amax)).to(values_ptr.dtype.element_ty), mask=inside)
+    tl.store(scale_ptr, tl.div_rn(amax, fp8_max))
+
+
+@jit
 def _quantise_kernel(
     x_ptr,
     x_stride,
@@ -43,10 +51,8 @@ def _quantise_kernel(
     values_ptr += row * WIDTH
     if WHOLE:
         x = _load(x_ptr, column_scale_ptr, 0, WIDTH, FOLD, COLUMNS)
-        amax = tl.maximum(tl.max(tl.abs(x), axis=0), smallest_amax)
         d = tl.arange(0, COLUMNS)
-        values = x * tl.div_rn(fp8_max, amax)
-        tl.store(values_ptr + d, values.to(values_ptr.dtype.element_ty), mask=d < WIDTH)
+        store_row(x, d < WIDTH, values_ptr + d, scale_ptr + row, fp8_max, smallest_amax)
     else:
         largest = tl.zeros((COLUMNS,), dtype=tl.float32)
         for start in range(0, WIDTH, COLUMNS):
@@ -58,7 +64,7 @@ def _quantise_kernel(
             x = _load(x_ptr, column_scale_ptr, start, WIDTH, FOLD, COLUMNS)
             d = start + tl.arange(0, COLUMNS)
             tl.store(values_ptr + d, (x * inverse).to(values_ptr.dtype.element_ty), mask=d < WIDTH)
-    tl.store(scale_ptr + row, tl.div_rn(amax, fp8_max))
+        tl.store(scale_ptr + row, tl.div_rn(amax, fp8_max))
 
 
 @jit

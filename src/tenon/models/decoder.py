@@ -345,8 +345,10 @@ class Recording:
         decoder = self._decoder
         if self._lowest >= len(self._passes):
             return
-        dx_TD: Tensor | None
-        dx_TD = add_norm_backward(
+        # The fp8 form of a gradient belongs to the weight that reads it, which must be here when the gradient is made.
+        downs = [layer.stacks["down"] for layer in decoder.layers] if decoder.walk.resident else []
+        last_8 = layers.fp8_room_back(downs[-1], d_hidden_TD, decoder.fuse) if downs else None
+        dx_TD, _ = add_norm_backward(
             Sum(d_hidden_TD, None),
             self._last_TD,
             None,
@@ -354,12 +356,15 @@ class Recording:
             decoder.facts.norm_eps,
             fuse=decoder.fuse,
             reader=self._passes[-1].low["down"],
-        )[0]
-        del self._last_TD, self.hidden_TD
+            quantised=last_8,
+        )
+        gradient: layers.Gradient | None = layers.Gradient(dx_TD, None if last_8 is None else last_8.rows)
+        del self._last_TD, self.hidden_TD, last_8, dx_TD
         way = zip(reversed(self._passes[self._lowest :]), decoder.walk.down(self._lowest), strict=True)
         for at, layer in way:
             tape, self._tapes[at.index] = self._tapes[at.index], None
-            assert tape is not None and dx_TD is not None
+            assert tape is not None and gradient is not None
             if at.index in self._host:
                 tape.x_TD = self._host.take(at.index)
-            dx_TD = layers.backward(layer, dx_TD, tape, at, needs_input=at.index > self._lowest)
+            below = downs[at.index - 1] if downs and at.index > self._lowest else None
+            gradient = layers.backward(layer, gradient, tape, at, needs_input=at.index > self._lowest, down_below=below)

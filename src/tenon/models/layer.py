@@ -19,6 +19,8 @@ from enum import Enum
 
 from torch import Tensor
 
+from tenon.kernels import fp8
+from tenon.kernels.fp8 import Fp8Rows
 from tenon.kernels.low_rank import (
     Addend,
     LowRank,
@@ -31,7 +33,7 @@ from tenon.kernels.low_rank import (
     room,
     whole,
 )
-from tenon.kernels.rms_norm import add_norm, add_norm_backward
+from tenon.kernels.rms_norm import Quantised, add_norm, add_norm_backward
 from tenon.kernels.rotary import Heads, HeadShape, Rotation, make_heads, make_heads_backward
 from tenon.kernels.swiglu import swiglu, swiglu_backward
 from tenon.models.attention import Attention, AttentionTape
@@ -89,6 +91,16 @@ class Stream:
 
 
 @dataclass(slots=True)
+class Gradient:
+    """The gradient of the residual stream between two layers. fp8: the same as the lower layer's down takes it, where
+    it multiplies fp8 and whoever made the gradient rounded it too.
+    """
+
+    dx_TD: Tensor
+    fp8: Fp8Rows | None = None
+
+
+@dataclass(slots=True)
 class LayerTape:
     """What one layer's forward pass left behind. x_TD may lie in the host's memory; the rest may be missing."""
 
@@ -114,9 +126,18 @@ class LayerTape:
 
 def forward(layer: Layer, stream: Stream, at: Pass, *, record: bool) -> tuple[Stream, LayerTape | None]:
     """The stream after the layer, and what its backward pass needs when it is recorded."""
-    x_TD, n_TD = add_norm(stream.x_TD, stream.update, layer.input_norm_D, at.eps, fuse=at.fuse, reader=at.low["qkv"])
+    n_8 = fp8_room(layer.stacks["qkv"], stream.x_TD, at.fuse)
+    x_TD, n_TD = add_norm(
+        stream.x_TD,
+        stream.update,
+        layer.input_norm_D,
+        at.eps,
+        fuse=at.fuse,
+        reader=at.low["qkv"],
+        quantised=n_8,
+    )
     tape = LayerTape(x_TD)
-    _attend(layer, n_TD, tape, at, record=record)
+    _attend(layer, n_TD, n_8, tape, at, record=record)
     assert tape.x2_TD is not None and tape.gate_up is not None
     h_TF = swiglu(tape.gate_up, fuse=at.fuse, reader=at.low["down"])
     down, low_down = _apply(layer, "down", h_TF, at)
@@ -125,9 +146,22 @@ def forward(layer: Layer, stream: Stream, at: Pass, *, record: bool) -> tuple[St
     return after, tape if record else None
 
 
-def _attend(layer: Layer, n_TD: Tensor, tape: LayerTape, at: Pass, *, record: bool) -> None:
-    """From the normed input to gate and up, onto the tape."""
-    qkv, low_qkv = _apply(layer, "qkv", n_TD, at)
+def fp8_room(linear: FrozenLinear, x_TD: Tensor, fuse: bool) -> Quantised | None:
+    """Where the maker of rows like these is to round them to fp8 too, for this product; None where it takes none."""
+    rounds = fuse and linear.takes_fp8 and fp8.has_fp8(x_TD.device)
+    return Quantised(fp8.empty_rows(x_TD.shape[0], x_TD.shape[1], x_TD.device)) if rounds else None
+
+
+def fp8_room_back(linear: FrozenLinear, dy_TO: Tensor, fuse: bool) -> Quantised | None:
+    """The same for gradients, which the product's scales are folded into."""
+    room_8 = fp8_room(linear, dy_TO, fuse)
+    return None if room_8 is None else Quantised(room_8.rows, linear.output_scale_O)
+
+
+def _attend(layer: Layer, n_TD: Tensor, n_8: Quantised | None, tape: LayerTape, at: Pass, *, record: bool) -> None:
+    """From the normed input to gate and up, onto the tape. n_8: the normed input in fp8."""
+    qkv, low_qkv = _apply(layer, "qkv", n_TD, at, n_8)
+    del n_8
     heads = make_heads(qkv, at.rotation, layer.heads, fuse=at.fuse)
     attended_THE, attention = at.attention.attend(
         at.index, heads.q_THE, heads.k_TKE, heads.v_TKE, scale=at.scale, window=at.window, record=record
@@ -137,22 +171,34 @@ def _attend(layer: Layer, n_TD: Tensor, tape: LayerTape, at: Pass, *, record: bo
     low_o = project_apart(attended_TD, at.low["o"])
     out = _sum(layer.stacks["o"].apply(attended_TD), low_o, at.low["o"])
     tape.heads, tape.attention, tape.attended_TD = heads, attention, attended_TD
-    tape.x2_TD, n2_TD = add_norm(tape.x_TD, out, layer.post_norm_D, at.eps, fuse=at.fuse, reader=at.low["gate_up"])
     tape.lows = (low_qkv, low_o, None, None)
-    _gate_up(layer, n2_TD, tape, at)
+    _gate_up(layer, out, tape, at)
 
 
-def _gate_up(layer: Layer, n2_TD: Tensor, tape: LayerTape, at: Pass) -> None:
-    tape.gate_up, low_TW = _apply(layer, "gate_up", n2_TD, at)
+def _gate_up(layer: Layer, out: Sum | None, tape: LayerTape, at: Pass) -> None:
+    """Gate and up from the stream and what attention adds to it; out None: x2 is on the tape already."""
+    x_TD = tape.x_TD if tape.x2_TD is None else tape.x2_TD
+    n2_8 = fp8_room(layer.stacks["gate_up"], x_TD, at.fuse)
+    tape.x2_TD, n2_TD = add_norm(
+        x_TD,
+        out,
+        layer.post_norm_D,
+        at.eps,
+        fuse=at.fuse,
+        reader=at.low["gate_up"],
+        quantised=n2_8,
+        added=at.low["o"],
+    )
+    tape.gate_up, low_TW = _apply(layer, "gate_up", n2_TD, at, n2_8)
     tape.lows = (*tape.lows[:2], low_TW, tape.lows[3])
 
 
-def _apply(layer: Layer, stack: str, x_TD: Tensor, at: Pass) -> tuple[Sum, Tensor | None]:
-    """(the stacked weight's product with what is still to be added, the low-rank activations)."""
+def _apply(layer: Layer, stack: str, x_TD: Tensor, at: Pass, x_8: Quantised | None = None) -> tuple[Sum, Tensor | None]:
+    """(the stacked weight's product with what is still to be added, the low-rank activations). x_8: x in fp8."""
     linear, low = layer.stacks[stack], at.low[stack]
     low_TW = project(x_TD, low)
     if low is None or not low.rides or not isinstance(linear, DenseLinear):
-        return _sum(linear.apply(x_TD), low_TW, low), low_TW
+        return _sum(linear.apply(x_TD, None if x_8 is None else x_8.rows), low_TW, low), low_TW
     # The gradient of gate and up will lie in the same tensor, and have a tail too.
     y_TO = room(x_TD, linear.outputs, low if stack == "gate_up" else None)
     linear.apply_bordered(whole(x_TD, low), y_TO)
@@ -170,26 +216,46 @@ def _addend(low_TW: Tensor | None, low: LowRank | None, *, back: bool) -> Addend
 def rebuild(layer: Layer, tape: LayerTape, at: Pass) -> None:
     """Compute again what the tape lacks; the same kernels on the same inputs give the same bits."""
     if tape.x2_TD is None:
-        _, n_TD = add_norm(tape.x_TD, None, layer.input_norm_D, at.eps, fuse=at.fuse, reader=at.low["qkv"])
+        n_8 = fp8_room(layer.stacks["qkv"], tape.x_TD, at.fuse)
+        _, n_TD = add_norm(
+            tape.x_TD,
+            None,
+            layer.input_norm_D,
+            at.eps,
+            fuse=at.fuse,
+            reader=at.low["qkv"],
+            quantised=n_8,
+            added=at.below,
+        )
         low_down = tape.lows[3]
-        _attend(layer, n_TD, tape, at, record=True)
+        _attend(layer, n_TD, n_8, tape, at, record=True)
         tape.lows = (*tape.lows[:3], low_down)
     elif tape.gate_up is None:
-        _, n2_TD = add_norm(tape.x2_TD, None, layer.post_norm_D, at.eps, fuse=at.fuse, reader=at.low["gate_up"])
-        _gate_up(layer, n2_TD, tape, at)
+        _gate_up(layer, None, tape, at)
 
 
-def backward(layer: Layer, dx_TD: Tensor, tape: LayerTape, at: Pass, *, needs_input: bool) -> Tensor | None:
+def backward(
+    layer: Layer,
+    gradient: Gradient,
+    tape: LayerTape,
+    at: Pass,
+    *,
+    needs_input: bool,
+    down_below: FrozenLinear | None = None,
+) -> Gradient | None:
     """The gradient of the layer's input, from that of its output; the slots' gradients are added into their buffers.
 
-    needs_input False: nothing below is trained, None comes back. The tape is used up.
+    needs_input False: nothing below is trained, None comes back. down_below: the layer below's, where it is known. The
+    tape is used up.
     """
     rebuild(layer, tape, at)
+    dx_TD = gradient.dx_TD
     low_qkv, low_o, low_gate_up, low_down = tape.lows
     assert tape.heads is not None and tape.attention is not None and tape.gate_up is not None
     assert tape.attended_TD is not None and tape.x2_TD is not None
 
-    dh, d_low = _back(layer, "down", dx_TD, low_down, at)
+    dh, d_low = _back(layer, "down", dx_TD, low_down, at, gradient.fp8)
+    gradient.fp8 = None
     back, ahead = _addend(d_low, at.low["down"], back=True), _addend(low_gate_up, at.low["gate_up"], back=False)
     d_gate_up = swiglu_backward(dh, tape.gate_up, back, ahead, fuse=at.fuse)
     tape.gate_up = None
@@ -197,13 +263,15 @@ def backward(layer: Layer, dx_TD: Tensor, tape: LayerTape, at: Pass, *, needs_in
 
     dn2, d_low = _back(layer, "gate_up", d_gate_up, None, at)
     del d_gate_up
+    dx2_8 = fp8_room_back(layer.stacks["o"], dx_TD, at.fuse)
     dx2_TD, n2_TD = add_norm_backward(
-        dn2, tape.x2_TD, dx_TD, layer.post_norm_D, at.eps, fuse=at.fuse, reader=at.low["o"]
+        dn2, tape.x2_TD, dx_TD, layer.post_norm_D, at.eps, fuse=at.fuse, reader=at.low["o"], quantised=dx2_8
     )
     _add_a(n2_TD, d_low, at.low["gate_up"])
     del dn2, n2_TD
 
-    da, d_low = _back(layer, "o", dx2_TD, low_o, at)
+    da, d_low = _back(layer, "o", dx2_TD, low_o, at, None if dx2_8 is None else dx2_8.rows)
+    del dx2_8
     _add_a(tape.attended_TD, d_low, at.low["o"])
     grads = tape.attention.backward(da.settled().view(tape.heads.q_THE.shape))
     d_qkv = make_heads_backward(grads, tape.heads, at.rotation, layer.heads, fuse=at.fuse, reader=at.low["qkv"])
@@ -214,22 +282,29 @@ def backward(layer: Layer, dx_TD: Tensor, tape: LayerTape, at: Pass, *, needs_in
         _lowest(layer, d_qkv, low_qkv, tape.x_TD, at)
         return None
     dn, d_low = _back(layer, "qkv", d_qkv, low_qkv, at)
-    dx_TD, n_TD = add_norm_backward(dn, tape.x_TD, dx2_TD, layer.input_norm_D, at.eps, fuse=at.fuse, reader=at.below)
+    dx_8 = None if down_below is None else fp8_room_back(down_below, dx2_TD, at.fuse)
+    dx_TD, n_TD = add_norm_backward(
+        dn, tape.x_TD, dx2_TD, layer.input_norm_D, at.eps, fuse=at.fuse, reader=at.below, quantised=dx_8
+    )
     _add_a(n_TD, d_low, at.low["qkv"])
-    return dx_TD
+    return Gradient(dx_TD, None if dx_8 is None else dx_8.rows)
 
 
-def _back(layer: Layer, stack: str, dy_TO: Tensor, low_TW: Tensor | None, at: Pass) -> tuple[Sum, Tensor | None]:
-    """(the gradient of the stacked weight's input, d_low); B's gradient is added, where low_TW is given."""
+def _back(
+    layer: Layer, stack: str, dy_TO: Tensor, low_TW: Tensor | None, at: Pass, dy_8: Fp8Rows | None = None
+) -> tuple[Sum, Tensor | None]:
+    """(the gradient of the stacked weight's input, d_low); B's gradient is added, where low_TW is given. dy_8: dy with
+    the weight's scales, in fp8.
+    """
     linear, low = layer.stacks[stack], at.low[stack]
     if low is None:
-        return Sum(linear.apply_transposed(dy_TO), None), None
+        return Sum(linear.apply_transposed(dy_TO, dy_8), None), None
     d_low_TW = project_back(dy_TO, low)
     if low_TW is not None:
         add_gradient_b(dy_TO, low_TW, low)
     if low.rides and isinstance(linear, DenseLinear):
         return Sum(linear.apply_transposed_bordered(whole(dy_TO, low)), None), d_low_TW
-    return Sum(linear.apply_transposed(dy_TO), Addend(d_low_TW, low, back=True)), d_low_TW
+    return Sum(linear.apply_transposed(dy_TO, dy_8), Addend(d_low_TW, low, back=True)), d_low_TW
 
 
 def _add_a(x_TD: Tensor, d_low_TW: Tensor | None, low: LowRank | None) -> None:
