@@ -1,10 +1,11 @@
 """The GPU tests on this machine, in one file: what passed, how long it took, and each kernel's worst error.
 
-    python benchmarks/gpu_tests.py [--results FILE] [--log FILE] [WORD of pytest …]
+    python benchmarks/gpu_tests.py [--results FILE] [--log FILE] [--workers N] [WORD of pytest …]
 
-runs `pytest -m gpu` over the folders below and writes benchmarks/results/gpu_tests.json. Tests record their errors (see
+runs `pytest -m gpu` over the folders below and writes benchmarks/results/gpu_tests.json. Several workers (pytest-xdist)
+share the GPU; what is marked `alone` runs afterwards, in one process. Tests record their errors (see
 tests/gpu/conftest.py); of each kernel and dtype the one that came nearest to its bound is kept, and the names of tests
-that failed. A file that cannot be collected here, because a package is missing, counts as an error and leaves the
+that failed. A file that cannot be collected here, because a package is missing, counts as one error and leaves the
 others alone.
 """
 
@@ -15,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from xml.etree import ElementTree
@@ -27,14 +30,30 @@ from benchmarks.gpu.machine import OUR_CODE, code_hash, read_machine
 from benchmarks.report import REPOSITORY, RESULTS, Row, at_least, at_most, current_commit, write_tree
 
 FOLDERS = ("tests/gpu", "tests/kernels", "tests/models", "tests/train")
+# What may share the GPU, and what may not.
+SHARING, ALONE = "gpu and not alone", "gpu and alone"
 # The configuration's own words ask for plug-ins that a GPU machine need not have.
-WORDS = ("-m", "gpu", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+WORDS = ("-q", "-o", "addopts=", "-p", "no:cacheprovider", "--continue-on-collection-errors")
 _ERROR = "error: "
+# pytest's exit status where no test has the mark.
+_NO_TESTS = 5
 
 
-def read_rows(report: Path, seconds: float) -> list[Row]:
-    """The rows of a JUnit report: counts first, then errors by name. Raises ParseError for one that is cut off."""
-    cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+def read_cases(reports: Iterable[Path]) -> list[ElementTree.Element]:
+    """The tests of JUnit reports. What an earlier one has too, a file that cannot be collected, counts there alone.
+
+    Raises ParseError for a report that is cut off.
+    """
+    cases: list[ElementTree.Element] = []
+    seen: set[str] = set()
+    for report in reports:
+        cases += [case for case in ElementTree.parse(report).getroot().iter("testcase") if _name(case) not in seen]
+        seen |= {_name(case) for case in cases}
+    return cases
+
+
+def rows_of(cases: Sequence[ElementTree.Element], seconds: float) -> list[Row]:
+    """Counts first, then errors by name."""
     counts = {kind: sum(1 for case in cases if case.find(kind) is not None) for kind in ("failure", "error", "skipped")}
     return [
         at_least("passed", float(len(cases) - sum(counts.values())), "tests", 1),
@@ -46,9 +65,8 @@ def read_rows(report: Path, seconds: float) -> list[Row]:
     ]
 
 
-def failed_tests(report: Path) -> list[str]:
+def failed_tests(cases: Iterable[ElementTree.Element]) -> list[str]:
     """What failed or could not be collected, as pytest takes it: `tests/gpu/test_loss.py::test_x[1]`."""
-    cases = ElementTree.parse(report).getroot().iter("testcase")
     return sorted(_name(case) for case in cases if case.find("failure") is not None or case.find("error") is not None)
 
 
@@ -78,17 +96,36 @@ def _errors(cases: Iterable[ElementTree.Element]) -> list[Row]:
     return [row for _, (_, row) in sorted(worst.items())]
 
 
-def run_tests(folders: Sequence[str], words: Sequence[str], report: Path, log: Path | None) -> tuple[int, float]:
-    """(pytest's exit status, seconds). log: where its output goes, here when None."""
-    command = [sys.executable, "-m", "pytest", *folders, *WORDS, f"--junitxml={report}", *words]
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """How the tests went. status: pytest's, the first that is not good. reports: a JUnit file of each part; one that
+    pytest did not come to write is missing.
+    """
+
+    status: int
+    seconds: float
+    reports: tuple[Path, ...]
+
+
+def run_tests(
+    folders: Sequence[str], words: Sequence[str], scratch: Path, log: Path | None, *, workers: int = 1
+) -> Ran:
+    """Run what shares the GPU, then what needs it alone. log: where output goes, here when None."""
+    parts = {SHARING: ["-n", str(workers)] if workers > 1 else [], ALONE: []}
     started = datetime.now(UTC)
-    if log is None:
-        status = subprocess.run(command, cwd=REPOSITORY, check=False).returncode
-    else:
+    statuses, reports = list[int](), list[Path]()
+    if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w") as file:
-            status = subprocess.run(command, cwd=REPOSITORY, stdout=file, stderr=file, check=False).returncode
-    return status, (datetime.now(UTC) - started).total_seconds()
+    with nullcontext() if log is None else log.open("w") as file:
+        for number, (marked, more) in enumerate(parts.items()):
+            reports.append(scratch / f"report{number}.xml")
+            command = [sys.executable, "-m", "pytest", *folders, "-m", marked, *WORDS, *more]
+            command += [f"--junitxml={reports[-1]}", *words]
+            done = subprocess.run(command, cwd=REPOSITORY, stdout=file, stderr=file, check=False)
+            statuses.append(done.returncode)
+    # Where no test at all has the mark, the count of those that passed says so.
+    status = next((status for status in statuses if status not in (0, _NO_TESTS)), 0)
+    return Ran(status, (datetime.now(UTC) - started).total_seconds(), tuple(reports))
 
 
 def main(words: Sequence[str]) -> int:
@@ -97,14 +134,15 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS / "gpu_tests.json")
     parser.add_argument("--log", type=Path)
     parser.add_argument("--folder", action="append", dest="folders", help="of tests, instead of all")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes on the GPU, by default 1")
     asked, more = parser.parse_known_args(words)
     with tempfile.TemporaryDirectory() as scratch:
-        report = Path(scratch) / "report.xml"
-        status, seconds = run_tests(asked.folders or FOLDERS, more, report, asked.log)
-        if not report.is_file():
-            print(f"pytest ended with {status} and left no report; see {asked.log or 'above'}")
+        ran = run_tests(asked.folders or FOLDERS, more, Path(scratch), asked.log, workers=asked.workers)
+        if not all(report.is_file() for report in ran.reports):
+            print(f"pytest ended with {ran.status} and left no report; see {asked.log or 'above'}")
             return 1
-        rows, failed = read_rows(report, seconds), failed_tests(report)
+        cases = read_cases(ran.reports)
+    rows, failed = rows_of(cases, ran.seconds), failed_tests(cases)
     machine = read_machine("cuda")
     write_tree(
         asked.results,
@@ -119,7 +157,7 @@ def main(words: Sequence[str]) -> int:
     for row in [*rows[:5], *(row for row in short if row not in rows[:5])]:
         print(f"{row.what}: {row.value:g} {row.unit}{f' ({row.bound})' if row.met is False else ''}")
     print(asked.results)
-    return 1 if short or status else 0
+    return 1 if short or ran.status else 0
 
 
 if __name__ == "__main__":
