@@ -144,7 +144,7 @@ def test_the_step_reads_no_memory_that_nobody_wrote(device: torch.device, poison
 
 
 @pytest.mark.parametrize("name", ["four slots", "one slot in the borders", "dropout"])
-def test_the_same_step_gives_the_same_bits(name: str, device: torch.device) -> None:
+def test_p21_the_same_step_gives_the_same_bits(name: str, device: torch.device) -> None:
     first, second = (of(CASES[name], BF16, device, fuse=True)[0] for _ in range(2))
     assert all(torch.equal(first[n], second[n]) for n in first)
 
