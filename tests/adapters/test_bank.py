@@ -146,6 +146,18 @@ def test_ordinary_ranks_are_stored_as_they_are() -> None:
         assert all(matrix.is_contiguous() for pair in slot.matrices().values() for matrix in pair)
 
 
+def test_a_rider_is_never_taken_for_one_that_is_gone() -> None:
+    """Though it lies where that one lay, and was refreshed as often."""
+    bank, seen = empty_bank(), []
+    (batch,) = pack_rows([bare_row(0, IDS)], PackOptions(99), CPU)
+    for seed in range(5):
+        random_slot(bank, slot_shape(FACTS), seed)
+        rider = bank.rider(batch)
+        assert rider is not None and bank.rider(batch) == rider and rider.state not in seen
+        seen.append(rider.state)
+        bank.remove(0)
+
+
 def test_refresh_brings_the_shadow_copy_up_to_date_in_bf16() -> None:
     bank = empty_bank(torch.bfloat16)
     slot = bank.slots[bank.add("x", slot_shape(FACTS, rank=4), trained=True)]

@@ -76,7 +76,7 @@ class Slot:
 
     parameters_P, gradients_P: flat fp32; gradients_P is None for a slot that is only used. a_parameters: how many of
     the first elements belong to A matrices as they are stored (LoRA+ gives the rest another learning rate). version:
-    counts refreshes.
+    counts refreshes. identity: no other slot has it, not even one made after this one is gone.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class Slot:
         self._compute_P = self.parameters_P if dtype == torch.float32 else self.parameters_P.to(dtype)
         self.groups = _make_groups(self, facts)
         self.version = 0
+        self.identity = object()
 
     @property
     def lowest_layer(self) -> int:
@@ -234,7 +235,7 @@ class AdapterBank:
         if len(batch.segments) != 1 or batch.segments[0].slot < 0:
             return None
         slot = self.slots[batch.segments[0].slot]
-        return None if slot.shape.dropout > 0.0 else Rider((id(slot), slot.version), slot.groups)
+        return None if slot.shape.dropout > 0.0 else Rider((slot.identity, slot.version), slot.groups)
 
     def low_rank(self, layer: int, stack: str, batch: Batch, routes: Routes | None) -> LowRank | None:
         """See `models.decoder.Bank.low_rank`. Raises KeyError for a slot that is not in the bank."""

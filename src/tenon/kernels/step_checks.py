@@ -16,6 +16,7 @@ from torch import Tensor
 from tenon.kernels import linear_cross_entropy_triton, low_rank
 from tenon.kernels.attention_checks import largest_error, random_tensor
 from tenon.kernels.blocks_triton import TILE
+from tenon.kernels.copy_many import ScaledCopy, copy_many, copy_table
 from tenon.kernels.low_rank import Addend, LoraGroup, LoraMember, LoraPart, LowRank, Routes, Sum
 from tenon.kernels.rms_norm import add_norm, add_norm_backward
 from tenon.kernels.rotary import Heads, HeadShape, Rotation, make_heads, make_heads_backward
@@ -228,6 +229,15 @@ def swiglu_backward_error(device: torch.device, *, dtype: torch.dtype = torch.bf
 
 def _pair(first: int, second: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return random_tensor((_T, first), 1, dtype, device), random_tensor((_T, second), 2, dtype, device)
+
+
+def copies_error(device: torch.device, *, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Of many matrices copied at once, each times a factor."""
+    shapes = ((_F, 16), (16, _D), (_D, 8))
+    sources = [random_tensor(shape, seed, dtype, device) for seed, shape in enumerate(shapes)]
+    found = [torch.zeros(rows, columns + 8, dtype=dtype, device=device)[:, :columns] for rows, columns in shapes]
+    copy_many(copy_table([ScaledCopy(source, out, 1.5) for source, out in zip(sources, found, strict=True)]))
+    return largest_error(found, [1.5 * source.double() for source in sources])
 
 
 def softmax_gradient_error(device: torch.device, *, dtype: torch.dtype = torch.bfloat16) -> float:

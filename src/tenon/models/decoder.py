@@ -22,6 +22,7 @@ from torch.nn import functional
 from tenon.bases.facts import MODULE_PATHS, STACKS, ModelFacts
 from tenon.batch import Batch
 from tenon.kernels.blocks_triton import TILE
+from tenon.kernels.copy_many import CopyTable, ScaledCopy, copy_many, copy_table
 from tenon.kernels.gpu import can_fuse
 from tenon.kernels.low_rank import CUT_TOKENS, RANK_STEP, LoraGroup, LowRank, Routes, Sum
 from tenon.kernels.nf4 import Nf4Weight
@@ -45,9 +46,11 @@ _RIDE_TOKENS = 2048
 
 @dataclass(frozen=True, slots=True)
 class Rider:
-    """A slot whose matrices may lie in the borders of the frozen weights. state: changes whenever they do."""
+    """A slot whose matrices may lie in the borders of the frozen weights. state: which slot it is, by an object that no
+    other has, and a number that changes whenever its matrices do.
+    """
 
-    state: tuple[int, int]
+    state: tuple[object, int]
     groups: Mapping[tuple[int, str], LoraGroup]
 
 
@@ -105,7 +108,8 @@ class Decoder:
         self.attention_problem = ""
         rides = self.fuse and kind == "dense" and sharing is None
         self._ride_rank = -(-ride_rank // RANK_STEP) * RANK_STEP if rides else 0
-        self._rider: tuple[int, int] | None = None
+        self._rider: tuple[object, int] | None = None
+        self._border_table: CopyTable | None = None
         self.embedding_VD = self._empty(facts.vocab, facts.hidden)
         self.head_VD = self.embedding_VD if facts.tied_head else self._empty(facts.vocab, facts.hidden)
         self.final_norm_D = self._empty(facts.hidden)
@@ -285,24 +289,32 @@ class Decoder:
         if rider is None or max(ranks) > self._ride_rank:
             return None
         if rider.state != self._rider:
-            self._fill_borders(rider, other=self._rider is None or rider.state[0] != self._rider[0])
+            self._fill_borders(rider, other=self._rider is None or rider.state[0] is not self._rider[0])
             self._rider = rider.state
         return rider
 
     def _fill_borders(self, rider: Rider, *, other: bool) -> None:
         """Copy a slot's matrices around the weights. other: another slot's lie there now."""
+        if other or self._border_table is None:
+            self._border_table = copy_table(self._clear_borders(rider))
+        copy_many(self._border_table)
+
+    def _clear_borders(self, rider: Rider) -> list[ScaledCopy]:
+        """Zeros around the weights, and what is to be copied there."""
+        copies = []
         for i, layer in enumerate(self.layers):
             for stack, linear in layer.stacks.items():
                 assert isinstance(linear, DenseLinear)
-                if other:
-                    linear.clear_border()
+                linear.clear_border()
                 group = rider.groups.get((i, stack))
                 if group is None:
                     continue
                 b_OW, a_WD = linear.border_views(group.a_RD.shape[0])
-                a_WD.copy_(group.a_RD)
+                copies.append(ScaledCopy(group.a_RD, a_WD))
                 for m in group.members:
-                    torch.mul(m.b_OR, m.scale, out=b_OW[m.out_start : m.out_stop, m.rank_start : m.rank_stop])
+                    target = b_OW[m.out_start : m.out_stop, m.rank_start : m.rank_stop]
+                    copies.append(ScaledCopy(m.b_OR, target, m.scale))
+        return copies
 
     def _rotation(self, batch: Batch) -> Rotation:
         """cos and sin (T, E) in the decoder's dtype, from fp32 tables that grow as rows get longer."""

@@ -20,7 +20,7 @@ CHECKS = {
 
 
 def test_every_kernel_of_a_step_has_a_check() -> None:
-    assert len(CHECKS) == 11
+    assert len(CHECKS) == 12
 
 
 @pytest.mark.parametrize("name", CHECKS)
