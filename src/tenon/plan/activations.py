@@ -18,9 +18,9 @@ from tenon.bases.facts import STACKS, ModelFacts, parse_site
 from tenon.plan.memory import PRECISION_BYTES, dequantised_bytes, stored_rank
 from tenon.plan.values import LEVELS, Frozen, Level, LoraPlan, Precision
 
-# Where attention sums in blocks of its own: see kernels.attention_cudnn. One 64th of 80 GB takes all heads of four rows
+# Where attention sums in blocks of its own: see kernels.attention_cudnn. One 32nd of 50 GB takes all heads of four rows
 # of 2,048 tokens of an 8B base at once.
-ATTENTION_CAPABILITY, _ATTENTION_PARTS, _SUMMED_TOKENS = (9, 0), 64, 128
+ATTENTION_CAPABILITY, _ATTENTION_PARTS, _SUMMED_TOKENS = (9, 0), 32, 128
 # Of the largest GPUs.
 _PROCESSORS = 132
 # Low-rank activations come in rows of whole sixteens, rows with a tail in whole lines of 64 elements.
