@@ -6,6 +6,9 @@ takes these through two passes over their features: the first makes the sums tha
 results; what the second reads again lies in the cache. Shape legend as in `rms_norm`.
 """
 
+# tl.range is a range to Triton alone.
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
