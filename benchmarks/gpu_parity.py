@@ -38,6 +38,7 @@ COSINES = {
     ("nf4", "own weights"): 0.9999,
     ("nf4-fp8", "own weights"): 0.99,
 }
+ORIGINAL = "original weights"
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -173,7 +174,10 @@ def cosine_rows(found: Mapping[str, Any]) -> list[Row]:
     for base, one in found.items():
         for step, references in one["cosines"].items():
             for weights, cosines in references.items():
-                what = f"gradient of {base} against plain fp32 over its {weights}, step {step}: least of all modules"
+                who, against = (
+                    (base, weights) if "plain" not in weights else (f"{base}'s control, {weights},", ORIGINAL)
+                )
+                what = f"gradient of {who} against plain fp32 over its {against}, step {step}: least of all modules"
                 bound = COSINES.get((base, weights))
                 value = cosines["least"]
                 rows.append(Row(what, value, "cosine") if bound is None else at_least(what, value, "cosine", bound))

@@ -40,6 +40,8 @@ from tenon.models.decoder import Decoder
 MICRO_TOKENS = 16_384
 WARMUP = 0.05
 ORIGINAL, OWN = "original weights", "own weights"
+# Controls: what is held against plain fp32 over the original weights instead of our step.
+PLAIN, WEIGHTS_ALONE = "plain torch in bf16", "plain fp32 over its own weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,26 +105,44 @@ def train(decoder: Decoder, references: dict[str, Decoder], rows: Sequence[Row],
         for number, found in stepper.gradient(taken).items():
             losses[number].append(round(found.loss, 5))
         if step in checked:
-            cosines[str(step + 1)] = {
-                name: against(bank, reference, taken, spec) for name, reference in references.items()
-            }
+            cosines[str(step + 1)] = hold_against(bank, decoder, references, taken, spec)
         stepper.update(factor(step, spec.steps))
     return {"losses": losses, "cosines": cosines, "bank": bank}
 
 
-def against(bank: AdapterBank, reference: Decoder, rows: Sequence[PackRow], spec: ParitySpec) -> dict[str, Any]:
-    """The cosine of every module's gradient (A and B as one vector) with the reference's, the least of all slots.
+def hold_against(
+    bank: AdapterBank, decoder: Decoder, references: dict[str, Decoder], rows: Sequence[PackRow], spec: ParitySpec
+) -> dict[str, Any]:
+    """The bank's gradients against each reference's; and what no kernel could do better: the same in plain torch of
+    the same dtype (bf16 alone), and exact arithmetic over the rounded weights.
+    """
+    wanted = {name: gradients_of(reference, bank, rows, spec) for name, reference in references.items()}
+    found = {name: likeness(bank, gradients) for name, gradients in wanted.items()}
+    if OWN in wanted:
+        found[WEIGHTS_ALONE] = likeness(wanted[OWN], wanted[ORIGINAL])
+    elif decoder.fuse:
+        found[PLAIN] = likeness(gradients_of(decoder.plain(), bank, rows, spec), wanted[ORIGINAL])
+    return found
+
+
+def gradients_of(reference: Decoder, bank: AdapterBank, rows: Sequence[PackRow], spec: ParitySpec) -> AdapterBank:
+    """A bank with the same adapters, and the gradients that a reference gives them."""
+    slots = spec.slots
+    other = make_bank(reference, [spec.rank] * len(slots), [seed for _, seed in slots])
+    for number, slot in other.slots.items():
+        slot.parameters_P.copy_(bank.slots[number].parameters_P)
+        slot.refresh()
+    Stepper(reference, other, dict.fromkeys(other.slots, 0.0), step_options(MICRO_TOKENS)).gradient(rows)
+    return other
+
+
+def likeness(bank: AdapterBank, right: AdapterBank) -> dict[str, Any]:
+    """The cosine of every module's gradient (A and B as one vector) with the right one's, the least of all slots.
 
     least, mean: over all modules; worst: which one has the least; modules: the least over layers, by name.
     """
-    slots = spec.slots
-    plain = make_bank(reference, [spec.rank] * len(slots), [seed for _, seed in slots])
-    for number, slot in plain.slots.items():
-        slot.parameters_P.copy_(bank.slots[number].parameters_P)
-        slot.refresh()
-    Stepper(reference, plain, dict.fromkeys(plain.slots, 0.0), step_options(MICRO_TOKENS)).gradient(rows)
     found: dict[str, float] = {}
-    for number, slot in plain.slots.items():
+    for number, slot in right.slots.items():
         ours = bank.slots[number].site_gradients()
         for site, wanted in slot.site_gradients().items():
             cosine = functional.cosine_similarity(_flat(ours[site]), _flat(wanted), dim=0)

@@ -20,7 +20,7 @@ from benchmarks.gpu.rows import Row, write_rows
 from benchmarks.gpu.works import BaseFormat, Shape, Spec
 from benchmarks.gpu_parity import compact, expanded, kept, report_rows
 from benchmarks.ours.contact import compute_dtype, folder_decoder, make_bank, plain_decoder
-from benchmarks.ours.parity import ORIGINAL, OWN, ParitySpec, factor, judge, measure, parse_spec, window
+from benchmarks.ours.parity import ORIGINAL, OWN, WEIGHTS_ALONE, ParitySpec, factor, judge, measure, parse_spec, window
 from benchmarks.ours.step import measure as measure_step
 from benchmarks.report import REPOSITORY
 from tests.tiny import CPU
@@ -76,11 +76,16 @@ def test_parity_of_a_format_with_itself_and_with_fp8(parity_spec: ParitySpec) ->
     assert all(one[ORIGINAL]["least"] > 0.999999 for one in plain["cosines"].values()), "fp32 beside fp32"
     assert all(one[OWN]["least"] > 0.999999 for one in nf4["cosines"].values()), "its own weights, exactly"
     assert all(0.5 < one[OWN]["least"] < 0.9999999 for one in fp8["cosines"].values())
+    # Over nf4 weights our step is exact there: what is left is what the weights alone do.
+    assert all(
+        one[WEIGHTS_ALONE]["least"] == pytest.approx(one[ORIGINAL]["least"], abs=1e-5)
+        for one in nf4["cosines"].values()
+    )
     assert set(plain["cosines"]["1"][ORIGINAL]["modules"]) >= {"q_proj", "down_proj"}
     assert [len(curve) for curve in plain["losses"]] == [6] * 4 and plain["rates"] == [2e-2, 2e-2, 5e-2, 5e-2]
     assert all(curve[-1] < curve[0] for curve in plain["losses"])
     rows = report_rows(found)
-    assert sum("mean gap" in row.what for row in rows) == 4 and sum("cosine" in row.unit for row in rows) == 15
+    assert sum("mean gap" in row.what for row in rows) == 4 and sum("cosine" in row.unit for row in rows) == 21
     bounds = {row.what: row.met for row in rows if row.bound is not None}
     assert any("plain fp32" in what for what in bounds) and len(bounds) == 4 + 3 + 3 + 3
 

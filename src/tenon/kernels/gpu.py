@@ -6,6 +6,7 @@ their plain references are what a CPU runs. This module knows no kernel.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,11 @@ def ceil_div(whole: int, part: int) -> int:
 def power_of_two(count: int, *, least: int = 1) -> int:
     """The smallest power of two that is not less than `count` nor `least`."""
     return max(least, 1 << max(0, count - 1).bit_length())
+
+
+def triton_version() -> str:
+    """`triton 3.6.0`, or `no triton`."""
+    return f"triton {importlib.metadata.version('triton')}" if HAS_TRITON else "no triton"
 
 
 def can_fuse(device: torch.device, dtype: torch.dtype) -> bool:

@@ -29,10 +29,16 @@ OPTIMIZER_NAME = "optimizer.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class SavedOptions:
-    """What of `StepOptions` may have changed since the plan, and decides the bits of the steps that follow."""
+    """What may have changed since the plan, and decides the bits of the steps that follow.
+
+    path: how the steps were made, after the proof of the fast path ("" before it): `fast`, `plain`, or `plain base`
+    where a quantised base's own kernels were wrong. path_on: the GPU and versions that this was found on.
+    """
 
     loss_scale: float
     micro_tokens: int
+    path: str = ""
+    path_on: str = ""
 
 
 def write_state(folder: Path, slots: Sequence[SlotTraining], *, base: str, options: SavedOptions) -> None:
@@ -75,7 +81,9 @@ def read_state(folder: Path, slots: Sequence[SlotTraining]) -> SavedOptions:
         training.cursor = Cursor(**own["cursor"])
         training.best = Best(**own["best"]) if own["best"] else None
         training.validated, training.ended = own["validated"], own["ended"]
-    return SavedOptions(float(state["loss_scale"]), int(state["micro_tokens"]))
+    # A checkpoint from before a proof has no path, nor has one of an earlier version.
+    path, path_on = str(state.get("path", "")), str(state.get("path_on", ""))
+    return SavedOptions(float(state["loss_scale"]), int(state["micro_tokens"]), path, path_on)
 
 
 def _read_optimizer(path: Path, training: SlotTraining) -> None:

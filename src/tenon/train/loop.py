@@ -31,7 +31,7 @@ from tenon.train.diagnose import not_finite_error
 from tenon.train.graph import StepGraphs
 from tenon.train.interrupt import StopNow, StopSignal
 from tenon.train.memory import AS_PLANNED, StepMemory
-from tenon.train.proof import prove
+from tenon.train.proof import describe_path, prove
 from tenon.train.slot import SlotTraining
 from tenon.train.step import StepOptions, WindowLoss, accumulate_window, add_up, is_finite
 
@@ -99,7 +99,7 @@ class Trainer:
         self._decoder, self._bank, self._slots = decoder, bank, slots
         self._options, self._every, self._ports = options, checkpoint_every, ports
         self._saved: object = None
-        self._proved = not decoder.is_fast
+        self._path, self._path_on = "" if decoder.is_fast else "plain", describe_path(decoder.device)
         self._graphs = StepGraphs(decoder, on_failure=self._without_graphs)
         self._told_attention = False
 
@@ -128,6 +128,9 @@ class Trainer:
             return 0
         saved = read_state(found.folder, self._slots)
         self._options = replace(self._options, loss_scale=saved.loss_scale, micro_tokens=saved.micro_tokens)
+        if saved.path and saved.path_on == self._path_on:
+            # What was found once on such a machine is not asked again: another answer would change the bits.
+            self._take_path(saved.path)
         self._saved = self._state()
         for t in self._slots:
             # The mark is written after its checkpoint; a kill between the two is mended here.
@@ -185,19 +188,24 @@ class Trainer:
 
         Returns the seconds that it took, which no step counts.
         """
-        if self._proved:
+        if self._path:
             return 0.0
-        self._proved = True
         found = prove(self._decoder, self._bank, rows, self._options, stop=self._ports.stop, ranks=self._ports.ranks)
         self._ports.emit("proof", **found.fields())
+        self._take_path("fast" if found.verdict != "fails" else "plain base" if found.base else "plain")
         if found.verdict == "fails":
-            self._decoder.use_plain(base=found.base)
             text = f"fused kernels are not used: on the run's first rows they differ from plain torch: {found.problem}"
             self._ports.emit("warning", code="train-fast-path", text=text)
         elif found.verdict == "unknown":
             text = f"fused kernels could not be held against plain torch: {found.problem}"
             self._ports.emit("warning", code="train-fast-path", text=text)
         return found.seconds
+
+    def _take_path(self, path: str) -> None:
+        """See `SavedOptions.path`."""
+        self._path = path
+        if path != "fast" and self._decoder.is_fast:
+            self._decoder.use_plain(base=path == "plain base")
 
     def _gradient(self, active: Sequence[SlotTraining], rows: Sequence[PackRow]) -> dict[int, WindowLoss]:
         """The window's gradient, unscaled. In fp16 an overflow halves the scale and the window is made again."""
@@ -293,6 +301,7 @@ class Trainer:
         return (
             self._options.loss_scale,
             self._options.micro_tokens,
+            self._path,
             [(t.cursor, t.best, t.validated, t.ended) for t in self._slots],
         )
 
@@ -302,7 +311,9 @@ class Trainer:
             return
 
         def write(folder: Path) -> None:
-            options = SavedOptions(self._options.loss_scale, self._options.micro_tokens)
+            options = SavedOptions(
+                self._options.loss_scale, self._options.micro_tokens, self._path, self._path_on if self._path else ""
+            )
             write_state(folder, self._slots, base=self._ports.base, options=options)
 
         self._ports.checkpoints.write(self.step, write)

@@ -2,8 +2,9 @@
 
 The rows go twice through the same frozen weights, once as the run computes and once in plain torch of the same dtype;
 the losses and every slot's gradient must agree within what rounding explains (see `difference`). For the comparison the
-B matrices carry noise: at the start they are zero, and with them every low-rank term and all gradients of A, so that a
-kernel that leaves these out would pass. Afterwards all parameters are what they were, to the bit, and gradients zero.
+B matrices are noise: at the start they are zero, and with them every low-rank term and all gradients of A, so that a
+kernel that leaves these out would pass; in a run that goes on they are trained, and gradients little but rounding.
+Afterwards all parameters are what they were, to the bit, and gradients zero.
 
 Two samples: one long enough for all that a large batch does otherwise (sums in chunks, a slot in the weights' borders,
 products by torch's own kernels), and a short one for what small batches do. Both paths multiply a quantised base by
@@ -25,10 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tenon import __version__
 from tenon.adapters.bank import AdapterBank, Slot
 from tenon.bases.facts import STACKS, site_name
 from tenon.data.pack import PackRow
 from tenon.errors import TenonError
+from tenon.kernels.gpu import triton_version
 from tenon.kernels.gpu_errors import explain_gpu_error, first_line, is_out_of_memory
 from tenon.models.decoder import Decoder
 from tenon.models.frozen import FrozenLinear
@@ -112,6 +115,14 @@ def prove(
     return replace(proof, verdict=verdict, problem=problem, seconds=seconds, base=bool(wrong_base))
 
 
+def describe_path(device: torch.device) -> str:
+    """What a verdict holds for: the device, and whose kernels run on it."""
+    if device.type != "cuda":
+        return f"{device.type}, torch {torch.__version__}"
+    name = torch.cuda.get_device_name(device)
+    return f"{name}, torch {torch.__version__}, {triton_version()}, tenon {__version__}"
+
+
 # ---- the slots ------------------------------------------------------------------------------------------------------
 
 
@@ -184,14 +195,14 @@ def _prove_base(decoder: Decoder, name: str, linear: FrozenLinear) -> Proof:
 
 
 def _stir(decoder: Decoder, slots: Mapping[int, Slot], sizes: Mapping[str, Tensor]) -> None:
-    """Add noise to every B, in proportion to its weight."""
+    """Make every B noise, in proportion to its weight."""
     for number, slot in slots.items():
         generator = torch.Generator(decoder.device).manual_seed(number)
         for site, (a_RD, b_OR) in slot.matrices().items():
             scale = max(abs(slot.shape.sites[site].scale), 1e-6)
             size = _STIR / (scale * math.sqrt(len(a_RD))) * sizes[site] / _rms(a_RD).clamp(min=1e-6)
             signs = torch.randint(0, 2, b_OR.shape, generator=generator, device=decoder.device) * 2 - 1
-            b_OR.add_(signs * size)
+            b_OR.copy_(signs * size)
         slot.refresh()
 
 

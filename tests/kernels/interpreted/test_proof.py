@@ -131,12 +131,15 @@ def test_p05_a_run_on_wrong_kernels_falls_back_says_so_and_is_the_plain_run(
     assert torch.equal(*ends)
 
 
-def test_p05_a_proof_leaves_no_trace_in_the_training(tmp_path: Path, device: torch.device) -> None:
-    """A run that is resumed proves its kernels once more than one that never stopped: both end with the same bits."""
+def test_p05_a_proof_leaves_no_trace_in_the_training(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is resumed elsewhere proves its kernels once more than one that never stopped: the same bits."""
     ends: list[Tensor] = []
     for halves in ((2,), (1, 2)):
         folder = tmp_path / str(len(halves))
         for last in halves:
+            monkeypatch.setattr("tenon.train.loop.describe_path", lambda device, last=last: f"{device} {last}")
             decoder, bank = world(device)
             ports = Ports(folder)
             slot = make_slot(decoder, bank, Asked(steps=2, rows=2), some_rows(8))
