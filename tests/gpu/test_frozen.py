@@ -7,7 +7,8 @@ import torch
 
 from tenon.kernels import fp8, int8, nf4
 from tenon.kernels.fp8 import Fp8Rows
-from tenon.models.frozen import FrozenKind, FrozenLinear, make_frozen
+from tenon.models.frozen import FrozenKind, FrozenLinear
+from tenon.models.frozen_formats import make_frozen
 from tests.gpu.kit import INTERPRETED, Draw, Judge, relative_error
 
 pytestmark = [

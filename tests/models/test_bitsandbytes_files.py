@@ -16,7 +16,7 @@ from tenon.errors import BaseModelError
 from tenon.kernels import nf4
 from tenon.kernels.nf4 import Nf4Weight
 from tenon.models.bitsandbytes_files import group_modules
-from tenon.models.frozen import make_frozen
+from tenon.models.frozen_formats import make_frozen
 
 MODULE = "model.layers.0.self_attn.q_proj"
 STATE = f"{MODULE}.weight.quant_state.bitsandbytes__nf4"

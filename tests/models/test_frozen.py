@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from tenon.kernels import fp8, nf4
-from tenon.models.frozen import DenseLinear, FrozenKind, FrozenLinear, make_frozen
+from tenon.models.frozen import DenseLinear, FrozenKind, FrozenLinear
+from tenon.models.frozen_formats import make_frozen
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 # (kind, whether nf4 computes in fp8, the relative error of one product that the format may have)

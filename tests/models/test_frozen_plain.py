@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from tenon.kernels.fp8 import Fp8Rows
-from tenon.models.frozen import DenseLinear, FrozenKind, FrozenLinear, Nf4Linear, make_frozen
+from tenon.models.frozen import DenseLinear, FrozenKind, FrozenLinear
+from tenon.models.frozen_formats import Nf4Linear, make_frozen
 from tenon.models.frozen_plain import PlainLinear, plain_linear, product_error
 from tests.tiny import CPU
 

@@ -21,7 +21,8 @@ from tenon.bases.read import folder_facts
 from tenon.data.pack import PackOptions, PackRow, bare_row, pack_rows
 from tenon.kernels.nf4 import Nf4Weight
 from tenon.models.decoder import Decoder
-from tenon.models.frozen import FrozenKind, Nf4Linear
+from tenon.models.frozen import FrozenKind
+from tenon.models.frozen_formats import Nf4Linear
 from tenon.models.load import load_decoder, read_tensors
 from tenon.train.step import StepOptions, accumulate_window
 from tests.tiny import CPU, random_slot, slot_shape

@@ -22,7 +22,7 @@ from tenon.errors import StopRequestedError
 from tenon.kernels.fp8 import Fp8Rows
 from tenon.kernels.low_rank import LowRank, Routes
 from tenon.models.decoder import Decoder
-from tenon.models.frozen import Nf4Linear
+from tenon.models.frozen_formats import Nf4Linear
 from tenon.models.frozen_plain import PlainLinear
 from tenon.train.difference import Bounds, bounds_for, difference
 from tenon.train.interrupt import StopNow, StopSignal

@@ -31,7 +31,8 @@ from tenon.kernels.rotary import HeadShape, Rotation
 from tenon.models import flash
 from tenon.models import layer as layers
 from tenon.models.attention import Attention, PackedAttention
-from tenon.models.frozen import DenseLinear, FrozenKind, FrozenLinear, make_frozen
+from tenon.models.frozen import DenseLinear, FrozenKind, FrozenLinear
+from tenon.models.frozen_formats import make_frozen
 from tenon.models.frozen_plain import plain_linear
 from tenon.models.host import HostStore
 from tenon.models.layer import Keep, Layer, LayerTape, Pass, Stream

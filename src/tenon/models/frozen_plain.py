@@ -15,7 +15,8 @@ from torch.nn import functional
 from tenon.kernels import fp8, int8, nf4
 from tenon.kernels.fp8 import Fp8Rows
 from tenon.kernels.nf4 import Nf4Weight
-from tenon.models.frozen import DenseLinear, Fp8Linear, FrozenLinear, Int8Linear, Nf4Linear, Take
+from tenon.models.frozen import DenseLinear, FrozenLinear, Take
+from tenon.models.frozen_formats import Fp8Linear, Int8Linear, Nf4Linear
 
 _TOKENS = 64
 
