@@ -18,7 +18,7 @@ from tenon.batch import NO_SLOT
 from tenon.data.pack import PackOptions, bare_row, pack_rows
 from tenon.errors import AdapterError, BaseModelError
 from tenon.infer.generate import generate, place_bytes, shared_prefixes
-from tenon.infer.requests import Completion, Request
+from tenon.infer.requests import Completion, Request, Token
 from tenon.models.decoder import Decoder
 from tenon.models.load import load_decoder
 from tenon.settings import Settings
@@ -202,9 +202,9 @@ def test_tokens_are_told_as_they_come_and_a_request_can_be_cancelled(
     decoder, bank, slots = house
     told: dict[int, list[int]] = {}
 
-    def on_token(index: int, token_id: int, logprob: float) -> bool | None:
-        assert logprob <= 0.0
-        told.setdefault(index, []).append(token_id)
+    def on_token(index: int, token: Token) -> bool | None:
+        assert token.logprob <= 0.0 and token.top == ()
+        told.setdefault(index, []).append(token.id)
         return False if index == 2 and len(told[index]) == 3 else None
 
     requests = [Request(p, slot=slots[i % 3], max_new_tokens=9) for i, p in enumerate(_prompts(7, 97))]

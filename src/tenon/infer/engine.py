@@ -20,8 +20,8 @@ from torch import Tensor
 
 from tenon.batch import IGNORE, NO_SLOT, AttentionLayout, Batch, Segment
 from tenon.data.pack import list_routes, slot_routes, upload
-from tenon.errors import AdapterError, BaseModelError
-from tenon.infer.requests import Completion, FinishReason, OnFinish, OnToken, Request
+from tenon.errors import AdapterError, BaseModelError, TenonError
+from tenon.infer.requests import Completion, FinishReason, OnFailure, OnFinish, OnToken, Request, Token
 from tenon.infer.sampling import Draw, sample
 from tenon.models.cache import KvCache
 from tenon.models.decoder import Bank, Decoder
@@ -37,6 +37,7 @@ class _Row:
     drafting: whether what is fed is still the prompt and its draft.
     open: whether the next scored token may join the answer. It closes where the draft parts from the answer: what
     follows there is scored for the draft alone, and the cache is then cut back to the answer.
+    error: why it cannot go on.
     """
 
     index: int
@@ -51,9 +52,16 @@ class _Row:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     draft_logprobs: list[float] = field(default_factory=list)
+    prompt: list[Token] = field(default_factory=list)
+    error: TenonError | None = None
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the next scored position belongs to a token of the prompt."""
+        return self.request.prompt_logprobs and len(self.prompt) + 1 < len(self.request.prompt_ids)
 
     def completion(self, finish: FinishReason) -> Completion:
-        return Completion(tuple(self.ids), tuple(self.logprobs), finish, tuple(self.draft_logprobs))
+        return Completion(tuple(self.ids), tuple(self.logprobs), finish, tuple(self.draft_logprobs), tuple(self.prompt))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +76,15 @@ class _Taken:
 
 @dataclass(frozen=True, slots=True)
 class _Scored:
-    """What a pass found at its scored positions: the chosen tokens, their log probabilities, those of the draft."""
+    """What a pass found at its scored positions: the chosen tokens, their log probabilities, those of the known tokens
+    (of the draft, or of the prompt), the likeliest tokens where they are wanted, and whether all that is finite.
+    """
 
-    ids: list[int]
-    logprobs: list[float]
-    draft_logprobs: list[float]
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    known_logprobs: list[float] = field(default_factory=list)
+    tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    finite: list[bool] = field(default_factory=list)
 
 
 class Engine:
@@ -87,10 +99,14 @@ class Engine:
         pass_tokens: int,
         on_token: OnToken | None = None,
         on_finish: OnFinish | None = None,
+        on_failure: OnFailure | None = None,
     ) -> None:
-        """pass_tokens: most tokens of one pass; what decodes always goes."""
+        """pass_tokens: most tokens of one pass; what decodes always goes. on_failure: told of scores that are not
+        finite; without it `step` raises.
+        """
         self._decoder, self._bank, self._cache = decoder, bank, cache
         self._pass_tokens, self._on_token, self._on_finish = pass_tokens, on_token, on_finish
+        self._on_failure = on_failure
         self._waiting: deque[tuple[int, Request]] = deque()
         self._rows: list[_Row] = []
         self._prefixes: dict[int, tuple[list[int], tuple[Tensor, Tensor]]] = {}
@@ -101,12 +117,34 @@ class Engine:
         """Whether a request waits or runs."""
         return bool(self._waiting or self._rows)
 
+    @property
+    def running(self) -> int:
+        """Requests that have a place."""
+        return len(self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a place."""
+        return len(self._waiting)
+
     def submit(self, index: int, request: Request) -> None:
         """Let a request wait for a place; `completions[index]` is its answer when it has finished."""
         if len(request.prompt_ids) >= self._limit(request):
             self._finish(index, Completion((), (), "context"))
         else:
             self._waiting.append((index, request))
+
+    @torch.inference_mode()
+    def cancel(self, index: int) -> None:
+        """End a request, with what it has; its place is free at once. Nothing happens when it has ended already."""
+        kept = deque(pair for pair in self._waiting if pair[0] != index)
+        if len(kept) < len(self._waiting):
+            self._waiting = kept
+            self._finish(index, Completion((), (), "cancelled"))
+        for row in self._rows:
+            if row.index == index:
+                row.finish, row.feed = "cancelled", []
+        self._release()
 
     @torch.inference_mode()
     def share_prefixes(self, prefixes: Mapping[int, Sequence[int]]) -> None:
@@ -147,6 +185,8 @@ class Engine:
         """Give a place the shared beginning of its prompt; returns how many tokens that saves."""
         self._cache.clear(place)
         ids, prefix = self._prefixes.get(request.slot, ([], None))
+        if request.prompt_logprobs:
+            return 0  # what is restored is not scored
         if prefix is None or len(request.prompt_ids) <= len(ids) or list(request.prompt_ids[: len(ids)]) != ids:
             return 0
         self._cache.restore(place, prefix)
@@ -155,7 +195,10 @@ class Engine:
     def _release(self) -> None:
         for row in [row for row in reversed(self._rows) if row.finish is not None and not row.feed]:
             assert row.finish is not None
-            self._finish(row.index, row.completion(row.finish))
+            if row.error is None:
+                self._finish(row.index, row.completion(row.finish))
+            elif self._on_failure is not None:
+                self._on_failure(row.index, row.error)
             last = self._rows[-1]
             if last is not row:
                 self._cache.move(last.place, row.place)
@@ -194,12 +237,13 @@ class Engine:
         """Score what the pass reached, and let every row take its tokens."""
         spans, wanted, draws, labels, start = [], [], [], [], 0
         for row, taken in moving:
-            request, first = row.request, max(len(row.request.prompt_ids) - 1 - taken.position, 0)
+            request, prompt_tokens = row.request, len(row.request.prompt_ids)
+            first = 0 if request.prompt_logprobs else max(prompt_tokens - 1 - taken.position, 0)
             for offset in range(first, len(taken.ids)):
-                answered = taken.position + offset + 1 - len(request.prompt_ids)
+                position = taken.position + offset + 1
                 wanted.append(start + offset)
-                draws.append(Draw(request, taken.position + offset + 1))
-                labels.append(request.draft_ids[answered] if answered < len(request.draft_ids) else IGNORE)
+                draws.append(Draw(request, position, drawn=position >= prompt_tokens))
+                labels.append(_known_token(request, position))
             spans.append(max(len(taken.ids) - first, 0))
             start += len(taken.ids)
         scored = self._score(hidden_TD[torch.tensor(wanted, device=hidden_TD.device, dtype=torch.int64)], draws, labels)
@@ -211,43 +255,53 @@ class Engine:
 
     def _score(self, hidden_SD: Tensor, draws: list[Draw], labels: list[int]) -> _Scored:
         rows = max(1, _SCORE_BYTES // (4 * self._decoder.facts.vocab))
-        scored = _Scored([], [], [])
+        scored = _Scored()
         for start in range(0, len(draws), rows):
             part = slice(start, start + rows)
             logits_SV = self._decoder.logits(hidden_SD[part]).float()
             chosen_S = sample(logits_SV, draws[part])
             both_S2 = torch.stack([chosen_S, torch.tensor(labels[part], device=chosen_S.device).clamp(min=0)], dim=1)
             logprobs_S2 = logits_SV.gather(1, both_S2) - logits_SV.logsumexp(dim=-1, keepdim=True)
-            _check_finite(logprobs_S2, draws[part])
             scored.ids.extend(chosen_S.tolist())
             scored.logprobs.extend(logprobs_S2[:, 0].tolist())
-            scored.draft_logprobs.extend(logprobs_S2[:, 1].tolist())
+            scored.known_logprobs.extend(logprobs_S2[:, 1].tolist())
+            scored.tops.extend(_likeliest(logits_SV, draws[part]))
+            scored.finite.extend(torch.isfinite(logprobs_S2).all(dim=1).tolist())
+        if self._on_failure is None and False in scored.finite:
+            raise _not_finite(draws[scored.finite.index(False)].request.slot)
         return scored
 
     def _take_tokens(self, row: _Row, scored: _Scored, positions: range) -> None:
         """Let a row take what its scored positions say: log probabilities of the draft, tokens of the answer."""
         draft = row.request.draft_ids
+        if not all(scored.finite[s] for s in positions):
+            row.error, row.finish, row.feed = _not_finite(row.request.slot), "cancelled", []
+            return
         for s in positions:
+            if row.reads_prompt:
+                token_id = row.request.prompt_ids[len(row.prompt) + 1]
+                row.prompt.append(Token(token_id, scored.known_logprobs[s], scored.tops[s]))
+                continue
             if row.drafting and len(row.draft_logprobs) < len(draft):
-                row.draft_logprobs.append(scored.draft_logprobs[s])
+                row.draft_logprobs.append(scored.known_logprobs[s])
             if not row.open:
                 continue
             agrees = len(row.ids) < len(draft) and draft[len(row.ids)] == scored.ids[s]
-            self._push(row, scored.ids[s], scored.logprobs[s])
+            self._push(row, Token(scored.ids[s], scored.logprobs[s], scored.tops[s]))
             row.open = agrees and row.finish is None
         if row.finish is None and not row.feed:
             answer_tokens = len(row.request.prompt_ids) + len(row.ids) - 1
             self._cache.clear(row.place, keep_tokens=answer_tokens)
             row.feed, row.fed, row.open, row.drafting = row.ids[-1:], answer_tokens, True, False
 
-    def _push(self, row: _Row, token_id: int, logprob: float) -> None:
+    def _push(self, row: _Row, token: Token) -> None:
         """Add one token to the answer, or end it."""
-        if token_id in row.request.stop_ids:
+        if token.id in row.request.stop_ids:
             row.finish = "stop"
             return
-        row.ids.append(token_id)
-        row.logprobs.append(logprob)
-        if self._on_token is not None and self._on_token(row.index, token_id, logprob) is False:
+        row.ids.append(token.id)
+        row.logprobs.append(token.logprob)
+        if self._on_token is not None and self._on_token(row.index, token) is False:
             row.finish, row.feed = "cancelled", []
         elif len(row.ids) >= row.request.max_new_tokens:
             row.finish = "length"
@@ -283,19 +337,38 @@ def _inference_batch(passing: list[_Taken], positions_T: Tensor, tile_tokens: in
     )
 
 
-def _check_finite(logprobs_S2: Tensor, draws: Sequence[Draw]) -> None:
-    """Raises AdapterError adapter-not-finite or BaseModelError base-not-finite where a score is NaN or infinite."""
-    good_S = torch.isfinite(logprobs_S2).all(dim=1)
-    if bool(good_S.all()):
-        return
-    slot = draws[int(torch.nonzero(~good_S)[0])].request.slot
+def _known_token(request: Request, position: int) -> int:
+    """The token that a prompt, or the draft after it, has at a position; IGNORE beyond both."""
+    after = position - len(request.prompt_ids)
+    if after < 0:
+        return request.prompt_ids[position]
+    return request.draft_ids[after] if after < len(request.draft_ids) else IGNORE
+
+
+def _likeliest(logits_SV: Tensor, draws: Sequence[Draw]) -> list[tuple[tuple[int, float], ...]]:
+    """For each position the likeliest tokens with their log probabilities, as many as its request wants."""
+    found: list[tuple[tuple[int, float], ...]] = [()] * len(draws)
+    wanting = [s for s, draw in enumerate(draws) if draw.request.top_logprobs]
+    if not wanting:
+        return found
+    scores_SV = logits_SV[torch.tensor(wanting, device=logits_SV.device)]
+    most = min(max(draws[s].request.top_logprobs for s in wanting), scores_SV.shape[1])
+    top = scores_SV.topk(most)
+    logprobs_SK = (top.values - scores_SV.logsumexp(dim=-1, keepdim=True)).tolist()
+    for s, ids, logprobs in zip(wanting, top.indices.tolist(), logprobs_SK, strict=True):
+        found[s] = tuple(zip(ids, logprobs, strict=True))[: draws[s].request.top_logprobs]
+    return found
+
+
+def _not_finite(slot: int) -> TenonError:
+    """The error for scores that are NaN or infinite."""
     if slot == NO_SLOT:
-        raise BaseModelError(
+        return BaseModelError(
             "base-not-finite",
             "the base gives scores that are not finite",
             hint="its files are damaged, or fp16 is too narrow for it; try precision: bf16 or fp32",
         )
-    raise AdapterError(
+    return AdapterError(
         "adapter-not-finite",
         f"the adapter in slot {slot} gives scores that are not finite",
         hint="its weights are damaged or too large; go back to an earlier version: tenon adapters list",

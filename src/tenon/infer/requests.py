@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from tenon.batch import NO_SLOT
-from tenon.errors import UsageError
+from tenon.errors import TenonError, UsageError
 
 FinishReason = Literal["stop", "length", "context", "cancelled"]
 
@@ -26,6 +26,8 @@ class Request:
     seed: with the token's position it decides every draw; the company in the batch does not.
     draft_ids: a guess of the answer (the expected one, in evaluation). It changes nothing in the answer, is checked
     in one pass together with the prompt, and its log probabilities are reported.
+    top_logprobs: report so many of the likeliest tokens at each position. prompt_logprobs: report the prompt's tokens
+    too.
     """
 
     prompt_ids: Sequence[int]
@@ -38,6 +40,8 @@ class Request:
     min_p: float = 0.0
     seed: int = 0
     draft_ids: Sequence[int] = ()
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         """Raises UsageError usage-empty-prompt, usage-sampling."""
@@ -49,12 +53,26 @@ class Request:
             ("top_k", self.top_k, self.top_k >= 0, "0 (all tokens) or more"),
             ("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "from 0 to 1"),
             ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+            ("top_logprobs", self.top_logprobs, self.top_logprobs >= 0, "0 (none) or more"),
         )
         for name, value, good, range_text in checks:
             if not good:
                 raise UsageError(
                     "usage-sampling", f"{name} is out of range", got=str(value), hint=f"{name} is {range_text}"
                 )
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token and how likely it was, in nats, under the model itself (temperature 1, no limits).
+
+    top: (id, log probability) of the likeliest tokens at its position, as many as the request asked for, likeliest
+    first; the token itself need not be among them.
+    """
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +83,20 @@ class Completion:
     finish: stop (a stop token came), length (max_new_tokens reached), context (no room left in the base's context, or
     in the prompt's case none from the start), cancelled (the caller asked).
     draft_logprobs: of each draft token given the ones before it; shorter than the draft where the context ended.
+    prompt: the prompt's tokens from the second on, where the request asked for them (the first follows nothing).
     """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish: FinishReason
     draft_logprobs: tuple[float, ...] = ()
+    prompt: tuple[Token, ...] = ()
 
 
 class OnToken(Protocol):
     """Called for each token of an answer, as soon as it is known; not for the stop token."""
 
-    def __call__(self, index: int, token_id: int, logprob: float) -> bool | None:
+    def __call__(self, index: int, token: Token) -> bool | None:
         """index: of the request in the list. Return False to cancel this request."""
         ...
 
@@ -86,4 +106,12 @@ class OnFinish(Protocol):
 
     def __call__(self, index: int, completion: Completion) -> None:
         """index: of the request in the list."""
+        ...
+
+
+class OnFailure(Protocol):
+    """Called for a request whose scores are not finite; the others go on. Its `OnFinish` is not called."""
+
+    def __call__(self, index: int, error: TenonError) -> None:
+        """index: of the request in the list. error: adapter-not-finite, or base-not-finite."""
         ...

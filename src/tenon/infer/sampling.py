@@ -21,16 +21,20 @@ _MASK64 = (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Whose rules apply to one scored position, and its place in the sequence (the prompt's first token is 0)."""
+    """Whose rules apply to one scored position, and its place in the sequence (the prompt's first token is 0).
+
+    drawn: False where the token is known already and only scored: nothing is drawn then.
+    """
 
     request: Request
     position: int
+    drawn: bool = True
 
 
 def sample(logits_SV: Tensor, draws: Sequence[Draw]) -> Tensor:
     """(S) int64 token ids, one for each position."""
     chosen_S = logits_SV.argmax(dim=-1)  # torch takes the first of equal ones: the lowest id
-    drawn = [i for i, draw in enumerate(draws) if draw.request.temperature > 0.0]
+    drawn = [i for i, draw in enumerate(draws) if draw.drawn and draw.request.temperature > 0.0]
     for i in drawn:
         chosen_S[i] = _sample_one(logits_SV[i], draws[i])
     return chosen_S

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from tenon.data.render import Renderer
 from tenon.errors import DataError, StopRequestedError, UsageError
 from tenon.infer.generate import generate
-from tenon.infer.requests import Completion, Request
+from tenon.infer.requests import Completion, Request, Token
 from tenon.pipeline.base import find_base
 from tenon.pipeline.engine import Workbench, load_workbench
 from tenon.pipeline.slot_data import Emit
@@ -78,10 +78,10 @@ def _answer_turn(turn: ChatTurn, bench: Workbench, subjects: Subjects, emit: Emi
     said: list[str] = []
     interrupted = False
 
-    def on_token(index: int, token_id: int, logprob: float) -> bool:
+    def on_token(index: int, token: Token) -> bool:
         nonlocal interrupted
-        del index, logprob
-        said.append(stream.push(token_id))
+        del index
+        said.append(stream.push(token.id))
         try:
             emit("token", text=said[-1])
         except StopRequestedError:
