@@ -81,3 +81,21 @@ def test_remove_asks_first(tenon: Command, registry: Registry, monkeypatch: pyte
 def test_an_unknown_adapter(tenon: Command, registry: Registry) -> None:
     done = tenon("adapters", "show", "helpr")
     assert done.status == 1 and "error[adapter-unknown]" in done.err and "did you mean helper?" in done.err
+
+
+def test_aliases_move_and_go_back(tenon: Command, registry: Registry) -> None:
+    assert "no alias yet" in tenon("adapters", "aliases").err
+    assert tenon("adapters", "alias", "helper@prod", "1").out == "helper@prod: 1\n"
+    assert tenon("adapters", "alias", "helper@prod", "1:95", "2:5").out == "helper@prod: 1 95%, 2 5%\n"
+    assert tenon("adapters", "aliases").out.splitlines()[1].split()[:5] == ["helper@prod", "1", "95%,", "2", "5%"]
+    assert json.loads(tenon("adapters", "aliases", "--json").out)["helper@prod"]["target"]["shares"] == {
+        "1": 95,
+        "2": 5,
+    }
+    assert tenon("adapters", "rollback", "helper@prod").out == "helper@prod: 1\n"
+    assert "adapter-in-use" in tenon("adapters", "remove", "helper@1", "--yes").err
+    assert json.loads(tenon("adapters", "show", "helper@prod", "--json").out)["version"] == 1
+    assert tenon("adapters", "unalias", "helper@prod").out == "forgotten: helper@prod\n"
+    for words in (("helper@prod", "x"), ("helper", "1")):
+        done = tenon("adapters", "alias", *words)
+        assert done.status == 1 and "error[adapter-bad-alias]" in done.err and "hint:" in done.err

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tenon.cli.result_view import metric_text
+from tenon.registry.aliases import Alias
 from tenon.registry.entry import Entry
 from tenon.units import format_bytes, format_short
 
@@ -30,6 +31,18 @@ def entries_table(entries: Sequence[Entry]) -> Table:
             Text(judged or "-"),
             Text(_when(entry), "dim"),
         )
+    return table
+
+
+def aliases_table(aliases: Mapping[str, Alias]) -> Table:
+    """One alias a line, with what it stood for last."""
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
+    for head in ("alias", "version", "before", "since"):
+        table.add_column(head, no_wrap=True)
+    for name, alias in aliases.items():
+        before = alias.before[0].describe() if alias.before else "-"
+        since = f"{datetime.fromtimestamp(alias.target.since).astimezone():%Y-%m-%d %H:%M}"
+        table.add_row(Text(name, "bold"), Text(alias.target.describe()), Text(before, "dim"), Text(since, "dim"))
     return table
 
 

@@ -16,6 +16,7 @@ adapters_app = typer.Typer(
     rich_markup_mode=None,
 )
 Name = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="Without a version, the newest.")]
+AliasName = Annotated[str, typer.Argument(metavar="NAME@ALIAS", help="For example support-bot@prod.")]
 
 
 @adapters_app.command("list")
@@ -109,3 +110,56 @@ def remove(
     if not yes:
         typer.confirm(f"remove {label} for good?", abort=True, err=True)
     session.out.print(f"removed {remove_entry(label, session.settings)}")
+
+
+@adapters_app.command("alias")
+def alias(
+    ctx: typer.Context,
+    name: AliasName,
+    versions: Annotated[
+        list[str], typer.Argument(metavar="VERSION[:SHARE]...", help="One version, or several with their shares.")
+    ],
+    shadow: Annotated[
+        int | None, typer.Option("--shadow", metavar="VERSION", help="Asked too; its answers are only counted.")
+    ] = None,
+) -> None:
+    """Let NAME@ALIAS stand for a version, or for several with shares (3:95 4:5), from this instant on."""
+    from tenon.service.adapters import set_alias
+
+    session = session_of(ctx)
+    session.out.print(f"{name}: {set_alias(name, versions, shadow, session.settings).target.describe()}", markup=False)
+
+
+@adapters_app.command("rollback")
+def rollback(ctx: typer.Context, name: AliasName) -> None:
+    """Let NAME@ALIAS stand for what it stood for before."""
+    from tenon.service.adapters import roll_back_alias
+
+    session = session_of(ctx)
+    session.out.print(f"{name}: {roll_back_alias(name, session.settings).target.describe()}", markup=False)
+
+
+@adapters_app.command("aliases")
+def aliases(ctx: typer.Context, as_json: AsJson = False) -> None:
+    """List the aliases of all adapters with what they stand for, and what they stood for before."""
+    from tenon.cli.adapter_view import aliases_table
+    from tenon.service.adapters import list_aliases
+
+    session = session_of(ctx)
+    found = list_aliases(session.settings)
+    if as_json:
+        session.write_json({name: each.model_dump(mode="json") for name, each in found.items()})
+    elif found:
+        session.out.print(aliases_table(found))
+    else:
+        session.err.print("there is no alias yet; set one: tenon adapters alias NAME@prod VERSION")
+
+
+@adapters_app.command("unalias")
+def unalias(ctx: typer.Context, name: AliasName) -> None:
+    """Forget an alias; the versions that it stood for stay."""
+    from tenon.service.adapters import remove_alias
+
+    session = session_of(ctx)
+    remove_alias(name, session.settings)
+    session.out.print(f"forgotten: {name}", markup=False)

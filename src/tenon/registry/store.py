@@ -3,9 +3,10 @@
     ROOT/NAME/3/adapter_config.json, adapter_model.safetensors    as PEFT wrote or would write them
     ROOT/NAME/3/tenon.json                                        the Entry
     ROOT/NAME/last                                                the highest removed version: no number comes twice
+    ROOT/NAME/aliases.json                                        names for versions: see `aliases`
     ROOT/NAME/lock                                                held while a version is added or removed
 
-A version appears by one rename, whole. This module does not know tensors, bases or runs.
+A version appears by one rename, whole; an alias is moved by one. This module does not know tensors, bases or runs.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from tenon.errors import AdapterError
+from tenon.registry.aliases import Alias, Target, is_alias, new_target, read_aliases, write_aliases
 from tenon.registry.entry import Entry, EntryDraft
 from tenon.registry.peft_check import CONFIG_NAME, TENSORS_NAME, AdapterFacts, check_adapter
 from tenon.runs.atomic import clean_leftovers, remove_folder, write_file_atomic, write_folder_atomic
@@ -71,7 +73,7 @@ class Registry:
         return self.register(name, folder, EntryDraft(base_spec=base_spec, base_hash=base_hash))
 
     def get(self, spec: str) -> Entry:
-        """The entry of `NAME` (its newest version) or `NAME@VERSION`.
+        """The entry of `NAME` (its newest version), `NAME@VERSION`, or `NAME@ALIAS` (of several the main version).
 
         Raises AdapterError adapter-bad-name, adapter-unknown (with the nearest name), adapter-damaged.
         """
@@ -116,6 +118,61 @@ class Registry:
             return ()
         found = [place for place in folder.iterdir() if _VERSION.fullmatch(place.name)]
         return tuple(sorted(int(place.name) for place in found if place.is_dir() and not place.is_symlink()))
+
+    def aliases(self, name: str) -> dict[str, Alias]:
+        """The aliases of an adapter. Raises AdapterError adapter-bad-name, adapter-damaged."""
+        return read_aliases(self._adapter_folder(name))
+
+    def target(self, spec: str) -> Target:
+        """What a request for `NAME`, `NAME@VERSION` or `NAME@ALIAS` may go to.
+
+        Raises AdapterError adapter-bad-name, adapter-unknown, adapter-damaged.
+        """
+        name, _, after = spec.partition("@")
+        found = self.aliases(name).get(after) if is_alias(after) else None
+        return found.target if found is not None else Target(shares={self._resolve(spec)[1]: 1.0})
+
+    def set_alias(self, spec: str, shares: Mapping[int, float], shadow: int | None = None) -> Alias:
+        """Let `NAME@ALIAS` stand for versions that exist, from this instant on.
+
+        Raises AdapterError adapter-bad-alias, adapter-unknown.
+        """
+        name, alias = self._alias_of(spec)
+        target = new_target(shares, shadow)
+        folder = self._adapter_folder(name)
+        with _locked(folder):
+            for version in sorted(target.versions):
+                self._resolve(f"{name}@{version}")
+            aliases = read_aliases(folder)
+            known = aliases.get(alias)
+            aliases[alias] = Alias(target=target) if known is None else known.moved(target)
+            write_aliases(folder, aliases)
+        return aliases[alias]
+
+    def roll_back(self, spec: str) -> Alias:
+        """Let `NAME@ALIAS` stand for what it stood for before.
+
+        Raises AdapterError adapter-alias-unknown, adapter-no-way-back; adapter-unknown for a version removed since.
+        """
+        name, alias = self._alias_of(spec)
+        known = self._known_alias(name, alias)
+        if not known.before:
+            raise AdapterError(
+                "adapter-no-way-back",
+                f"{name}@{alias} never stood for anything else",
+                got=known.target.describe(),
+                hint=f"move it: tenon adapters alias {name}@{alias} VERSION",
+            )
+        last = known.before[0]
+        return self.set_alias(spec, last.shares, last.shadow)
+
+    def remove_alias(self, spec: str) -> None:
+        """Forget `NAME@ALIAS`. Raises AdapterError adapter-alias-unknown."""
+        name, alias = self._alias_of(spec)
+        folder = self._adapter_folder(name)
+        self._known_alias(name, alias)
+        with _locked(folder):
+            write_aliases(folder, {other: kept for other, kept in read_aliases(folder).items() if other != alias})
 
     def verify(self, spec: str) -> Entry:
         """Hash every file again and check the adapter as if it came today.
@@ -162,11 +219,12 @@ class Registry:
     def remove(self, spec: str) -> str:
         """Remove one version for good, even a damaged one, and return its label; its number is not given again.
 
-        `NAME` alone means its newest version. Raises AdapterError adapter-unknown.
+        `NAME` alone means its newest version. Raises AdapterError adapter-unknown, adapter-in-use.
         """
         name, version = self._resolve(spec)
         folder = self._adapter_folder(name)
         with _locked(folder):
+            self._require_no_alias(name, version)
             last = max(version, _last(folder))
             write_file_atomic(folder / "last", str(last).encode())
             remove_folder(folder / str(version))
@@ -182,6 +240,8 @@ class Registry:
             raise AdapterError(
                 "adapter-unknown", f"no adapter is registered as {name!r}", hint=f"{hint}see them: tenon adapters list"
             )
+        if is_alias(version) and version in (aliases := self.aliases(name)):
+            version = str(aliases[version].target.main)
         if "@" in spec and (not _VERSION.fullmatch(version) or int(version) not in versions):
             raise AdapterError(
                 "adapter-unknown",
@@ -190,6 +250,39 @@ class Registry:
                 hint=f"leave the version out for the newest, {name}@{versions[-1]}",
             )
         return name, int(version) if version else versions[-1]
+
+    def _alias_of(self, spec: str) -> tuple[str, str]:
+        """The name, one that exists, and the alias of `NAME@ALIAS`."""
+        name, _, alias = spec.partition("@")
+        if not is_alias(alias):
+            raise AdapterError(
+                "adapter-bad-alias",
+                "an alias is written NAME@ALIAS; it has letters, digits, _ - and begins with a letter or _",
+                got=repr(spec[:120]),
+                hint="for example support-bot@prod",
+            )
+        self._resolve(name)
+        return name, alias
+
+    def _known_alias(self, name: str, alias: str) -> Alias:
+        aliases = self.aliases(name)
+        if alias not in aliases:
+            raise AdapterError(
+                "adapter-alias-unknown",
+                f"{name} has no alias {alias!r}",
+                got=f"its aliases: {', '.join(sorted(aliases)) or 'none'}",
+                hint=f"set it: tenon adapters alias {name}@{alias} VERSION",
+            )
+        return aliases[alias]
+
+    def _require_no_alias(self, name: str, version: int) -> None:
+        users = sorted(alias for alias, kept in self.aliases(name).items() if version in kept.target.versions)
+        if users:
+            raise AdapterError(
+                "adapter-in-use",
+                f"{name}@{version} cannot be removed: {', '.join(f'{name}@{alias}' for alias in users)} stands for it",
+                hint=f"move the alias first: tenon adapters alias {name}@{users[0]} VERSION",
+            )
 
     def _adapter_folder(self, name: str) -> Path:
         if _NAME.fullmatch(name) is None:

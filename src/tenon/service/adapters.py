@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tenon.errors import AdapterError
+from tenon.registry.aliases import Alias
 from tenon.registry.entry import Entry, EntryDraft
 from tenon.registry.store import Registry
 from tenon.settings import Settings
@@ -59,3 +61,41 @@ def label_of(name: str, settings: Settings) -> str:
 def remove_entry(name: str, settings: Settings) -> str:
     """Remove a version for good, even a damaged one; returns its label."""
     return Registry(settings.registry).remove(name)
+
+
+def list_aliases(settings: Settings, name: str | None = None) -> dict[str, Alias]:
+    """Every alias as NAME@ALIAS, of one adapter or of all. Raises AdapterError adapter-damaged."""
+    registry = Registry(settings.registry)
+    names = registry.names() if name is None else (name,)
+    return {f"{each}@{alias}": found for each in names for alias, found in sorted(registry.aliases(each).items())}
+
+
+def set_alias(spec: str, versions: Sequence[str], shadow: int | None, settings: Settings) -> Alias:
+    """Let NAME@ALIAS stand for `3`, or for several versions with their shares, `3:95` and `4:5`.
+
+    Raises AdapterError adapter-bad-alias, adapter-unknown.
+    """
+    return Registry(settings.registry).set_alias(spec, dict(_share(word) for word in versions), shadow)
+
+
+def roll_back_alias(spec: str, settings: Settings) -> Alias:
+    """Let NAME@ALIAS stand for what it stood for before. Raises AdapterError adapter-no-way-back."""
+    return Registry(settings.registry).roll_back(spec)
+
+
+def remove_alias(spec: str, settings: Settings) -> None:
+    """Forget NAME@ALIAS. Raises AdapterError adapter-alias-unknown."""
+    Registry(settings.registry).remove_alias(spec)
+
+
+def _share(word: str) -> tuple[int, float]:
+    """(version, parts) of `3` or `3:95`."""
+    found = re.fullmatch(r"([1-9]\d{0,8})(?::(\d+(?:\.\d+)?))?", word)
+    if found is None:
+        raise AdapterError(
+            "adapter-bad-alias",
+            "an alias stands for one version, or for several with a share each",
+            got=repr(word),
+            hint="for example: tenon adapters alias NAME@prod 3, or NAME@prod 3:95 4:5",
+        )
+    return int(found[1]), float(found[2] or 1.0)
