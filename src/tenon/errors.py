@@ -72,6 +72,10 @@ class AdapterError(TenonError):
     """An adapter file or a registry entry is not what it claims to be."""
 
 
+class AccessError(TenonError):
+    """A key is unknown, may not do what was asked, or has used what it may use."""
+
+
 class RunError(TenonError):
     """A run folder is missing, damaged, busy or out of space."""
 
@@ -97,6 +101,7 @@ _KINDS: dict[str, type[TenonError]] = {
     "plan": PlanError,
     "base": BaseModelError,
     "data": DataError,
+    "access": AccessError,
     "adapter": AdapterError,
     "run": RunError,
     "train": TrainError,

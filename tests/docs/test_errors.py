@@ -9,7 +9,7 @@ from tenon.errors import TenonError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCE = REPOSITORY / "src" / "tenon"
-AREAS = ("recipe", "plan", "base", "data", "adapter", "run", "train", "usage")
+AREAS = ("recipe", "plan", "base", "data", "access", "adapter", "run", "train", "usage")
 # Exactly the words of a code, as a string of its own or in the entry's `error[…]`, which raises nothing.
 CODE = re.compile(rf'"((?:{"|".join(AREAS)})-[a-z0-9]+(?:-[a-z0-9]+)*)"|error\[([a-z-]+)\]:')
 # Words in that form that are no codes.
