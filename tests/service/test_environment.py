@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tenon.errors import PlanError, TenonError, UsageError
-from tenon.service.environment import NEEDED, OLDEST, require_training
+from tenon.service.environment import NEEDED, NEEDED_TO_SERVE, OLDEST, require_serving, require_training
 
 PROJECT = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())
 
@@ -39,6 +39,19 @@ def test_a_missing_extra_names_the_command() -> None:
     assert error.got == "no pyarrow, torch" and error.hint == "pip install 'tenonlm[train]'"
 
 
+def test_serving_needs_more() -> None:
+    require_serving(lambda _name: "99.0")
+
+    def version_of(name: str) -> str:
+        if name == "uvicorn":
+            raise PackageNotFoundError(name)
+        return "99.0"
+
+    with pytest.raises(UsageError) as error:
+        require_serving(version_of)
+    assert error.value.got == "no uvicorn" and error.value.hint == "pip install 'tenonlm[train,serve]'"
+
+
 @pytest.mark.parametrize("version", ["2.10.1", "2.9.0+cu128", "1.13.1"])
 def test_an_old_torch(version: str) -> None:
     error = refusal(torch=version)
@@ -58,5 +71,7 @@ def test_the_train_extra_names_the_same_packages_and_versions() -> None:
     extra = PROJECT["project"]["optional-dependencies"]["train"]
     named = {re.split(r"[<>=]", requirement)[0]: requirement for requirement in extra}
     assert set(NEEDED) <= set(named)
+    serving = PROJECT["project"]["optional-dependencies"]["serve"]
+    assert {re.split(r"[<>=]", requirement)[0] for requirement in serving} == set(NEEDED_TO_SERVE)
     for name, oldest in OLDEST.items():
         assert named[name] == f"{name}>={oldest}"

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tenon.cli import adapters, chat, data, doctor, judge, plans, runs, train
+from tenon.cli import adapters, chat, data, doctor, judge, plans, runs, serve, train
 
 app = typer.Typer(
     name="tenon",
@@ -55,4 +55,5 @@ app.command("eval")(judge.evaluate)
 app.command("compare")(judge.compare)
 app.command("chat")(chat.chat)
 app.command("generate")(chat.generate)
+app.command("serve")(serve.serve)
 app.add_typer(adapters.adapters_app, name="adapters")

@@ -9,7 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from tenon.plan.requests import ChatRequest, CheckRequest, EvaluateRequest, GenerateRequest, InspectRequest
+from tenon.plan.requests import (
+    ChatRequest,
+    CheckRequest,
+    EvaluateRequest,
+    GenerateRequest,
+    InspectRequest,
+    ServeRequest,
+)
 from tenon.settings import Settings
 
 
@@ -52,6 +59,13 @@ def check_kernels(request: CheckRequest, emit: Emit, settings: Settings, /) -> N
     from tenon.pipeline.doctor import examine
 
     examine(request, emit, settings)
+
+
+def serve(request: ServeRequest, emit: Emit, settings: Settings, /) -> None:
+    """Answer requests over HTTP: see `pipeline.serving.serve`."""
+    from tenon.pipeline.serving import serve as work
+
+    work(request, emit, settings)
 
 
 def chat(requests: Iterator[ChatRequest], emit: Emit, settings: Settings, /) -> None:

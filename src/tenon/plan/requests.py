@@ -121,6 +121,28 @@ class GenerateRequest(Value):
     sampling: Sampling
 
 
+class ServeRequest(Value):
+    """Answer requests over HTTP until SIGTERM; then what runs is finished and the worker ends with 0.
+
+    name: what clients call the base. port: 0 takes a free one. slots: adapters in the bank at a time. rows: most
+    sequences at a time, fewer where cache_bytes (of keys and values) does not hold so many of context_tokens (prompt
+    and answer together). queue: sequences that may wait besides. drain_seconds: what runs may take so long to finish.
+    Event: `ready` {url, name, rows, context_tokens, slots}.
+    """
+
+    engine: Engine
+    name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    slots: int = 8
+    rows: int = 16
+    context_tokens: int = 4096
+    cache_bytes: int = 2 << 30
+    queue: int = 1024
+    most_body_bytes: int = 4 << 20
+    drain_seconds: float = 30.0
+
+
 class ChatStart(Value):
     """First request of a conversation: load the base and these adapters (more can come with any turn).
 

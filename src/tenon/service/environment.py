@@ -25,6 +25,8 @@ NEEDED = (
     "torch",
     "transformers",
 )
+# The serve extra names the same.
+NEEDED_TO_SERVE = ("fastapi", "prometheus-client", "uvicorn")
 
 
 def require_training(version_of: Callable[[str], str] = metadata.version) -> None:
@@ -34,14 +36,7 @@ def require_training(version_of: Callable[[str], str] = metadata.version) -> Non
     usage-extra-missing; PlanError plan-torch-version, plan-transformers-version.
     """
     found = {name: _version(name, version_of) for name in NEEDED}
-    missing = [name for name, version in found.items() if version is None]
-    if missing:
-        raise UsageError(
-            "usage-extra-missing",
-            "this installation can plan but not compute: packages are missing",
-            got=f"no {', '.join(missing)}",
-            hint="pip install 'tenonlm[train]'",
-        )
+    _require(found, "this installation can plan but not compute", "train")
     for name, oldest in OLDEST.items():
         version = found[name]
         if version is not None and _numbers(version) < _numbers(oldest):
@@ -51,6 +46,24 @@ def require_training(version_of: Callable[[str], str] = metadata.version) -> Non
                 got=f"{name} {version}",
                 hint=f"pip install --upgrade '{name}>={oldest}'",
             )
+
+
+def require_serving(version_of: Callable[[str], str] = metadata.version) -> None:
+    """`require_training`, and what HTTP needs. Raises UsageError usage-extra-missing, and those of it."""
+    require_training(version_of)
+    found = {name: _version(name, version_of) for name in NEEDED_TO_SERVE}
+    _require(found, "this installation cannot serve", "train,serve")
+
+
+def _require(found: dict[str, str | None], fact: str, extras: str) -> None:
+    missing = [name for name, version in found.items() if version is None]
+    if missing:
+        raise UsageError(
+            "usage-extra-missing",
+            f"{fact}: packages are missing",
+            got=f"no {', '.join(missing)}",
+            hint=f"pip install 'tenonlm[{extras}]'",
+        )
 
 
 def _version(name: str, version_of: Callable[[str], str]) -> str | None:

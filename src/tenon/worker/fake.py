@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -24,6 +25,7 @@ from tenon.plan.requests import (
     EvaluateRequest,
     GenerateRequest,
     InspectRequest,
+    ServeRequest,
     Subject,
 )
 from tenon.plan.values import Plan, SlotPlan
@@ -95,6 +97,15 @@ class FakePipeline:
                 emit("progress", what=fields["name"], done=0, total=len(_CHECKS), key=key, **told)
                 emit("check", key=key, **fields)
         emit("finished")
+
+    def serve(self, request: ServeRequest, emit: Emit, _settings: Settings, /) -> None:
+        """Listen to nobody until SIGTERM."""
+        url = f"http://{request.host}:{request.port}"
+        told = {"rows": request.rows, "context_tokens": request.context_tokens, "slots": request.slots}
+        emit("ready", url=url, name=request.name, **told)
+        with suppress(StopRequestedError):
+            while True:
+                time.sleep(STEP_SECONDS)
 
     def chat(self, requests: Iterator[ChatRequest], emit: Emit, _settings: Settings, /) -> None:
         """Echo the last message, word by word."""

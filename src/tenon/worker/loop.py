@@ -1,15 +1,16 @@
 """What every worker process does around its work: requests in, events out, signals, exit statuses.
 
     train RUN_FOLDER         events go to the run folder's events.jsonl; the plan is in the folder
-    evaluate|generate|inspect|check REQUEST.json
+    evaluate|generate|inspect|check|serve REQUEST.json
     chat REQUESTS.jsonl      one request a line: a ChatStart, then ChatTurns
 
 TARGET `-` reads the request from standard input (for train the target is always a folder). Standard output carries
 events as JSON lines and nothing else: whatever a library prints goes to standard error, which the light side keeps as a
 log. `--watch` ends the work, saved, when standard input is closed: a worker does not outlive its terminal unnoticed.
 
-Exit statuses: 0 done; 1 and 2 an error, told as an `error` event; 75 stopped and saved, resume it. An unexpected
-exception leaves its traceback in the log and no event. This module knows no arithmetic (pipeline) and no screens (cli).
+Exit statuses: 0 done, or a server that was stopped; 1 and 2 an error, told as an `error` event; 75 stopped and saved,
+resume it. An unexpected exception leaves its traceback in the log and no event. This module knows no arithmetic
+(pipeline) and no screens (cli).
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ from tenon.plan.requests import (
     EvaluateRequest,
     GenerateRequest,
     InspectRequest,
+    ServeRequest,
 )
 from tenon.settings import Settings, read_settings
 from tenon.values import Value
 
-KINDS = ("train", "evaluate", "generate", "inspect", "check", "chat")
+KINDS = ("train", "evaluate", "generate", "inspect", "check", "serve", "chat")
 _V = TypeVar("_V", bound=Value)
 
 
@@ -61,6 +63,8 @@ class Pipeline(Protocol):
     def inspect_data(self, request: InspectRequest, emit: Emit, settings: Settings, /) -> None: ...
 
     def check_kernels(self, request: CheckRequest, emit: Emit, settings: Settings, /) -> None: ...
+
+    def serve(self, request: ServeRequest, emit: Emit, settings: Settings, /) -> None: ...
 
     def chat(self, requests: Iterator[ChatRequest], emit: Emit, settings: Settings, /) -> None: ...
 
@@ -126,6 +130,8 @@ def _answer(kind: str, request: str, *, pipeline: Pipeline, channel: Channel, se
         pipeline.generate(_parse(GenerateRequest, request), channel.emit, settings)
     elif kind == "check":
         pipeline.check_kernels(_parse(CheckRequest, request), channel.emit, settings)
+    elif kind == "serve":
+        pipeline.serve(_parse(ServeRequest, request), channel.emit, settings)
     else:
         pipeline.inspect_data(_parse(InspectRequest, request), channel.emit, settings)
 

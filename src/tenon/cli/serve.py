@@ -1,0 +1,118 @@
+"""`tenon serve`: one resident base and every adapter that stands on it, behind OpenAI's API."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tenon.cli.session import Session, session_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tenon.cli.live import View
+    from tenon.service.worker_process import Event
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def serve(
+    ctx: typer.Context,
+    spec: Annotated[
+        str | None,
+        typer.Argument(metavar="BASE", help="A base, or a recipe (.yaml) for its base; by default the embedded one."),
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    slots: Annotated[int, typer.Option("--slots", min=1, max=1024, help="Adapters in memory at a time.")] = 8,
+    rows: Annotated[int, typer.Option("--rows", min=1, max=1024, help="Most sequences at a time.")] = 16,
+    context: Annotated[
+        int, typer.Option("--context", min=16, help="Longest sequence in tokens, prompt and answer together.")
+    ] = 4096,
+    cache: Annotated[
+        str, typer.Option("--cache", help="Memory for keys and values; fewer rows where it is too little.")
+    ] = "2GB",
+    queue: Annotated[int, typer.Option("--queue", min=0, help="Sequences that may wait; more are refused.")] = 1024,
+    drain: Annotated[
+        float, typer.Option("--drain", min=0.0, help="Seconds in which what runs may finish after SIGTERM.")
+    ] = 30.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Events as JSON lines on standard output.")] = False,
+) -> None:
+    """Serve a base and every registered adapter that stands on it, over OpenAI's API.
+
+    `model` is the base's name, an adapter's NAME (its newest version) or NAME@VERSION; what is registered later answers
+    too. SIGTERM and Ctrl-C take nothing new and let what runs finish; a second Ctrl-C ends at once.
+    """
+    from tenon.cli.live import make_view
+    from tenon.plan.requests import ServeRequest
+    from tenon.service.serving import Serving, open_base, public_name
+    from tenon.service.training import signals_stop
+
+    session = session_of(ctx)
+    cache_bytes = _parse_cache(cache)
+    engine = open_base(spec, session.settings)
+    request = ServeRequest(
+        engine=engine,
+        name=public_name(engine.base),
+        host=host,
+        port=port,
+        slots=slots,
+        rows=rows,
+        context_tokens=context,
+        cache_bytes=cache_bytes,
+        queue=queue,
+        drain_seconds=drain,
+    )
+    if host not in _LOOPBACK:
+        session.err.print(f"whoever reaches {host} can use this server: there are no keys yet", style="yellow")
+    serving = Serving(request, session.settings)
+
+    def on_stop(first: bool) -> None:
+        session.err.print("stopping: what runs may finish (once more to end at once)" if first else "ended at once")
+
+    view = make_view(session.err, quiet=as_json)
+    with signals_stop(serving.worker, on_stop):
+        events = serving.events()
+        with view:
+            ready = _wait_until_ready(events, view)
+        if ready is not None:
+            _show_ready(session, ready, as_json=as_json)
+        for event in events:
+            view.say(str(event.get("text", event["kind"])))
+        serving.finish()
+
+
+def _parse_cache(text: str) -> int:
+    from tenon.units import parse_bytes
+
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--cache") from error
+
+
+def _wait_until_ready(events: Iterator[Event], view: View) -> Event | None:
+    """The event that says where the server listens; None when it ended before."""
+    for event in events:
+        if event["kind"] == "ready":
+            return event
+        view.take(event)
+    return None
+
+
+def _show_ready(session: Session, event: Event, *, as_json: bool) -> None:
+    if as_json:
+        session.write_json(event)
+        return
+    url, name = event["url"], event["name"]
+    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "hello"}]}, ensure_ascii=False)
+    session.out.print(
+        f"{name} at {url}: {event['rows']} sequences of {event['context_tokens']:,} tokens, {event['slots']} adapters "
+        "at a time",
+        markup=False,
+        soft_wrap=True,
+    )
+    command = f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    session.out.print(command, markup=False, soft_wrap=True)

@@ -1,0 +1,70 @@
+"""Serving: the base is loaded once, adapters come and go beside it, requests arrive over HTTP.
+
+This module does not know HTTP or how a batch is made (serve).
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from tenon.errors import PlanError
+from tenon.infer.generate import place_bytes
+from tenon.models.decoder import Decoder
+from tenon.pipeline.slot_data import Emit
+from tenon.pipeline.talking import open_engine
+from tenon.plan.requests import ServeRequest
+from tenon.registry.store import Registry
+from tenon.serve.engine_loop import Limits
+from tenon.serve.names import Names
+from tenon.serve.run import Options, address, listen, run_server
+from tenon.settings import Settings
+from tenon.units import format_bytes
+
+# Most tokens of one pass: a long prompt must not keep those who wait for their next token.
+_PASS_TOKENS = {"cpu": 256, "cuda": 2048}
+
+
+def serve(request: ServeRequest, emit: Emit, settings: Settings) -> None:
+    """Serve until SIGTERM. Raises UsageError usage-address before anything is loaded; PlanError plan-cache."""
+    listening = listen(request.host, request.port)
+    with listening:
+        bench, renderer = open_engine(request.engine, settings, emit)
+        limits = cache_limits(request, bench.decoder)
+        names = Names(Registry(settings.registry), renderer, base=request.name, base_hash=request.engine.base.base_hash)
+        options = Options(
+            limits=limits,
+            queue=request.queue,
+            most_body_bytes=request.most_body_bytes,
+            drain_seconds=request.drain_seconds,
+            fingerprint=request.engine.base.base_hash[:12],
+            version=metadata.version("tenonlm"),
+        )
+
+        def on_ready() -> None:
+            told = {"rows": limits.rows, "context_tokens": limits.context_tokens, "slots": limits.slots}
+            emit("ready", url=address(listening), name=request.name, **told)
+
+        run_server(
+            bench.decoder,
+            bench.bank,
+            renderer.tokenizer,
+            names,
+            listening=listening,
+            options=options,
+            on_ready=on_ready,
+        )
+
+
+def cache_limits(request: ServeRequest, decoder: Decoder) -> Limits:
+    """How many sequences of which length the cache holds. Raises PlanError plan-cache without room for one."""
+    context = min(request.context_tokens, decoder.facts.context_tokens)
+    one = place_bytes(decoder.facts, tokens=context, dtype=decoder.dtype)
+    rows = min(request.rows, request.cache_bytes // one)
+    if rows < 1:
+        raise PlanError(
+            "plan-cache",
+            f"a cache of {format_bytes(request.cache_bytes)} does not hold one sequence of {context:,} tokens",
+            got=f"{format_bytes(one)} a sequence",
+            hint="give more with --cache, or shorter sequences with --context",
+        )
+    return Limits(rows, context, _PASS_TOKENS[decoder.device.type], request.slots)

@@ -1,0 +1,74 @@
+"""Errors as OpenAI's clients expect them: a status, and `{"error": {message, type, param, code}}`.
+
+This module does not know who raises them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tenon.errors import StopRequestedError, TenonError
+
+_TYPES = {404: "not_found_error", 413: "request_too_large", 422: "invalid_adapter_error", 429: "rate_limit_error"}
+# Errors of the package whose status is not that of their kind.
+_STATUS_OF_CODE = {
+    "adapter-unknown": 404,
+    "adapter-bad-name": 404,
+    "adapter-other-base": 400,
+    "adapter-template": 400,
+    "usage-empty-prompt": 400,
+    "usage-sampling": 400,
+}
+
+
+class ApiError(Exception):
+    """A request that is refused. message: what is wrong and what to do; param: the field that is to blame."""
+
+    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        self.status, self.message, self.code, self.param = status, message, code, param
+        super().__init__(message)
+
+
+def as_api_error(error: TenonError) -> ApiError:
+    """An error of the package as the client is told it."""
+    status = _STATUS_OF_CODE.get(error.code)
+    if status is None:
+        kind = error.code.partition("-")[0]
+        stopped = isinstance(error, StopRequestedError)
+        status = 503 if stopped else {"adapter": 422, "data": 400}.get(kind, 503)
+    got = f" (got {error.got})" if error.got else ""
+    code = "model_not_found" if status == 404 else error.code
+    return ApiError(status, f"{error.what}{got}; {error.hint}", code=code, param="model" if status == 404 else None)
+
+
+def error_body(error: ApiError) -> dict[str, Any]:
+    """The body that OpenAI's clients read."""
+    default = "invalid_request_error" if error.status < 500 else "server_error"
+    return {
+        "error": {
+            "message": clean(error.message),
+            "type": _TYPES.get(error.status, default),
+            "param": None if error.param is None else clean(error.param),
+            "code": error.code,
+        }
+    }
+
+
+def validation_error(problems: Sequence[Any]) -> ApiError:
+    """What pydantic says of a body, as one error: the first problem, with the field that has it."""
+    problem = problems[0]
+    where = [str(part) for part in problem["loc"] if part != "body"]
+    # The kinds that a field may have are no part of its name.
+    param = ".".join(part for part in where if part.isdigit() or (part.isidentifier() and part not in ("str", "int")))
+    if problem["type"] == "extra_forbidden":
+        return ApiError(400, f"Unrecognized request argument supplied: {where[-1]}", param=where[-1])
+    if problem["type"] == "unsupported_parameter":
+        return ApiError(400, problem["msg"], code="unsupported_parameter", param=problem["ctx"]["param"])
+    message = f"{param}: {problem['msg']}" if param else problem["msg"]
+    return ApiError(400, message, param=param or None)
+
+
+def clean(text: str) -> str:
+    """The text with what cannot be written as UTF-8 replaced: clients send halves of characters."""
+    return text.encode("utf-8", "replace").decode()

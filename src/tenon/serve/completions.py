@@ -1,0 +1,160 @@
+"""POST /v1/completions: running text, several prompts at once, and scores of prompts (`echo` with `logprobs`)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tenon.data.render import Renderer
+from tenon.data.rows import Completion
+from tenon.serve.desk import Desk, Scores, Whole, ask, begun, collect, new_id, now
+from tenon.serve.gate import Answers
+from tenon.serve.protocol import CompletionRequest
+from tenon.serve.replies import TextChoice, TextCompletion, TextLogprobs, Usage, text_logprobs, usage_of
+from tenon.serve.said import Piece, SaidToken, TokenTexts
+from tenon.serve.streams import EventStream, unless_gone
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """A prompt as ids, and as the text that `echo` gives back."""
+
+    ids: list[int]
+    text: str
+
+
+def completion_routes(desk: Desk) -> APIRouter:
+    """The route over one server."""
+    router = APIRouter()
+
+    @router.post("/v1/completions", response_model=TextCompletion, tags=["answers"])
+    async def create_completion(body: CompletionRequest, request: Request) -> Response:
+        """What follows a text, from the base or from an adapter; with `stream` as server-sent events."""
+        target = await desk.find(body.model)
+        prompts = await asyncio.to_thread(_prompts, desk, target.renderer, body)
+        scores = Scores(body.logprobs, prompt=body.echo and body.logprobs is not None)
+        ids = [prompt.ids for prompt in prompts]
+        answers = ask(desk, target, ids, body, most_tokens=body.max_tokens, scores=scores)
+        reply = _Reply(new_id("cmpl"), now(), answers, body, prompts, desk.fingerprint, desk.gate.texts)
+        if body.stream:
+            pieces = await unless_gone(request, answers, begun(answers))
+            return EventStream(answers, reply.chunks(pieces))
+        whole = reply.whole(await unless_gone(request, answers, collect(answers)))
+        return Response(whole.model_dump_json(), media_type="application/json")
+
+    return router
+
+
+def _prompts(desk: Desk, renderer: Renderer, body: CompletionRequest) -> list[_Prompt]:
+    """The prompts of a request: texts or ids, one or several."""
+    given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    single = [token for token in given if isinstance(token, int)]
+    found = []
+    for one in [single] if single else given:
+        if isinstance(one, str):
+            found.append(_Prompt(renderer.prompt_of(Completion(one, "", "prompt")), one))
+        elif isinstance(one, list):
+            desk.require_known(one)
+            found.append(_Prompt(one, renderer.tokenizer.decode(one, keep_special=True)))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """What every part of one reply has."""
+
+    id: str
+    created: int
+    answers: Answers
+    body: CompletionRequest
+    prompts: list[_Prompt]
+    fingerprint: str
+    texts: TokenTexts
+
+    def whole(self, answers: list[Whole]) -> TextCompletion:
+        """All of it at once."""
+        return self._completion(
+            *(
+                TextChoice(
+                    index=index,
+                    text=self._prompt(index) + ("" if self._silent else answer.text),
+                    logprobs=self._logprobs(index, answer),
+                    finish_reason="length" if self._silent else answer.finish,
+                )
+                for index, answer in enumerate(answers)
+            )
+        ).model_copy(update={"usage": self._usage})
+
+    async def chunks(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[TextCompletion]:
+        """The text as it comes, after the prompt where it is echoed; then the usage where it is wanted."""
+        lengths: dict[int, int] = {}
+        async for piece in pieces:
+            echoed = "" if piece.index in lengths else self._prompt(piece.index)
+            lengths.setdefault(piece.index, 0)
+            said = "" if self._silent else piece.text
+            if not (echoed or said or piece.tokens or piece.finish):
+                continue
+            logprobs = None
+            if self.body.logprobs is not None:
+                logprobs = text_logprobs(list(piece.tokens), top=self.body.logprobs > 0, first=0)
+            yield self._completion(
+                TextChoice(index=piece.index, text=echoed + said, logprobs=logprobs, finish_reason=piece.finish)
+            )
+        if self.body.include_usage:
+            yield self._completion().model_copy(update={"usage": self._usage})
+
+    def _completion(self, *choices: TextChoice) -> TextCompletion:
+        whole = TextCompletion(
+            id=self.id,
+            object="text_completion",
+            created=self.created,
+            model=self.answers.target.label,
+            choices=list(choices),
+            system_fingerprint=self.fingerprint,
+        )
+        # With usage asked for, every chunk has the field, and all but the last have null in it.
+        return whole.model_copy(update={"usage": None}) if self.body.include_usage else whole
+
+    def _prompt(self, index: int) -> str:
+        """What stands before the answer: the prompt where it is echoed."""
+        return self.prompts[index // (self.body.n or 1)].text if self.body.echo else ""
+
+    @property
+    def _silent(self) -> bool:
+        """Only the prompt was asked for. The engine always makes a token, which is not told then."""
+        return self.body.max_tokens == 0
+
+    @property
+    def _usage(self) -> Usage:
+        return usage_of(self.answers.prompt_tokens, 0 if self._silent else self.answers.completion_tokens)
+
+    def _logprobs(self, index: int, answer: Whole) -> TextLogprobs | None:
+        if self.body.logprobs is None:
+            return None
+        said = [] if self._silent else answer.tokens
+        top = self.body.logprobs > 0
+        found = text_logprobs(said, top=top, first=len(self._prompt(index)))
+        if not self.body.echo:
+            return found
+        prompt = text_logprobs(self._scored_prompt(index), top=top, first=0)
+        return TextLogprobs(
+            tokens=prompt.tokens + found.tokens,
+            token_logprobs=prompt.token_logprobs + found.token_logprobs,
+            top_logprobs=None if prompt.top_logprobs is None else prompt.top_logprobs + (found.top_logprobs or []),
+            text_offset=prompt.text_offset + found.text_offset,
+        )
+
+    def _scored_prompt(self, index: int) -> list[SaidToken]:
+        """The prompt's tokens; the first has no probability, for nothing stands before it."""
+        first = self.prompts[index // (self.body.n or 1)].ids[0]
+        tokens = [SaidToken(self.texts.of(first), None, 0)]
+        at = len(tokens[0].text)
+        for token in self.answers.completions[index].prompt:
+            tokens.append(self.texts.said(token, at))
+            at += len(tokens[-1].text)
+        return tokens

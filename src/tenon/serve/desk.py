@@ -1,0 +1,143 @@
+"""What the routes share: from the fields of a request to sequences for the engine, and from pieces to whole answers.
+
+This module does not know which route asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from tenon.infer.requests import Request
+from tenon.serve.api_errors import ApiError
+from tenon.serve.gate import Answers, Gate, Wanted
+from tenon.serve.names import Names, Target
+from tenon.serve.protocol import ChatRequest, CompletionRequest
+from tenon.serve.said import Finish, Piece, SaidToken
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """One server as the routes see it. fingerprint: of the base, in every answer. vocabulary: tokens that it knows."""
+
+    gate: Gate
+    names: Names
+    fingerprint: str
+    vocabulary: int
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest sequence, prompt and answer together."""
+        return self.gate.engine.limits.context_tokens
+
+    def require_known(self, ids: Sequence[int]) -> None:
+        """Raises ApiError 400 for token ids that the base does not have."""
+        if max(ids, default=0) >= self.vocabulary:
+            raise ApiError(400, f"the base has {self.vocabulary:,} tokens, and an id is {max(ids)}", param="prompt")
+
+    async def find(self, name: str) -> Target:
+        """Who answers. Raises AdapterError; ApiError 503 once the server is being stopped."""
+        self.gate.require_open()
+        return await asyncio.to_thread(self.names.find, name)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What else is told of tokens: how many of the likeliest, and whether the prompt's too. None: nothing."""
+
+    top: int | None = None
+    prompt: bool = False
+
+
+@dataclass(slots=True)
+class Whole:
+    """One sequence when all of it has been said."""
+
+    text: str = ""
+    tokens: list[SaidToken] = field(default_factory=list)
+    finish: Finish = "length"
+
+
+def ask(
+    desk: Desk,
+    target: Target,
+    prompts: Sequence[Sequence[int]],
+    asked: ChatRequest | CompletionRequest,
+    *,
+    most_tokens: int | None,
+    scores: Scores,
+) -> Answers:
+    """Have the answers of one request made, `n` to each prompt. most_tokens None: to the end of the context.
+
+    Raises ApiError 400, 429, 503; UsageError usage-empty-prompt.
+    """
+    count = asked.n or 1
+    seed = secrets.randbits(63) if asked.seed is None else asked.seed
+    requests = [
+        Request(
+            prompt_ids=prompt,
+            max_new_tokens=_room(desk, prompt, most_tokens),
+            stop_ids=frozenset() if asked.ignore_eos else target.renderer.stop_ids,
+            temperature=1.0 if asked.temperature is None else asked.temperature,
+            top_p=1.0 if asked.top_p is None else asked.top_p,
+            top_k=max(asked.top_k or 0, 0),
+            min_p=asked.min_p or 0.0,
+            seed=seed + sample,
+            top_logprobs=scores.top or 0,
+            prompt_logprobs=scores.prompt,
+        )
+        for prompt, sample in itertools.product(prompts, range(count))
+    ]
+    return desk.gate.admit(target, requests, Wanted(asked.stops, detailed=scores.top is not None))
+
+
+async def collect(answers: Answers) -> list[Whole]:
+    """All sequences, whole. Raises TenonError; cancels what still runs."""
+    with answers:
+        found: dict[int, Whole] = {}
+        async for piece in answers.pieces():
+            whole = found.setdefault(piece.index, Whole())
+            whole.text += piece.text
+            whole.tokens += piece.tokens
+            whole.finish = piece.finish or whole.finish
+        return [found[index] for index in sorted(found)]
+
+
+async def begun(answers: Answers) -> AsyncIterator[Piece]:
+    """The pieces, once there is one: until then an error is still an answer of its own. Raises TenonError."""
+    pieces = answers.pieces()
+    return _chained(await anext(pieces), pieces)
+
+
+async def _chained(first: Piece, rest: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+    yield first
+    async for piece in rest:
+        yield piece
+
+
+def new_id(kind: str) -> str:
+    """An id of an answer that no other has."""
+    return f"{kind}-{secrets.token_hex(12)}"
+
+
+def now() -> int:
+    """Unix seconds."""
+    return int(time.time())
+
+
+def _room(desk: Desk, prompt: Sequence[int], most_tokens: int | None) -> int:
+    """Tokens that the answer may have."""
+    room = desk.context_tokens - len(prompt)
+    wanted = max(most_tokens or 0, 1)
+    if room < wanted:
+        raise ApiError(
+            400,
+            f"This server's context is {desk.context_tokens:,} tokens, and the request needs {len(prompt) + wanted:,} "
+            f"({len(prompt):,} in the prompt, {wanted:,} for the answer); shorten the prompt or lower max_tokens",
+            code="context_length_exceeded",
+        )
+    return room if most_tokens is None else wanted

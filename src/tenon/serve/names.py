@@ -1,0 +1,87 @@
+"""From the `model` of a request to who answers, looked up in the registry at that moment. Names are never paths.
+
+This module does not know the bank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tenon.adapters.asking import asked_as_trained, require_template
+from tenon.adapters.peft_files import AdapterFiles, read_adapter
+from tenon.data.render import Renderer
+from tenon.errors import AdapterError
+from tenon.registry.entry import Entry, check_base
+from tenon.registry.store import Registry
+from tenon.serve.jobs import AdapterRef
+
+BASE = "base"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Who answers. label: the base's name, or `name@3`. renderer: how it is asked. adapter: None for the bare base."""
+
+    label: str
+    renderer: Renderer
+    adapter: AdapterRef | None
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A name that can be asked for. entry: None for the base; label: what the name means now."""
+
+    name: str
+    label: str
+    entry: Entry | None
+
+
+class Names:
+    """The base and the registered adapters that stand on it."""
+
+    def __init__(self, registry: Registry, renderer: Renderer, *, base: str, base_hash: str) -> None:
+        """base: its public name; it wins over an adapter of the same name, which `name@version` still reaches."""
+        self.base, self.root = base, registry.root
+        self._registry, self._renderer, self._base_hash = registry, renderer, base_hash
+
+    def find(self, name: str) -> Target:
+        """Who a name means now.
+
+        Raises AdapterError adapter-bad-name, adapter-unknown, adapter-damaged, adapter-other-base, adapter-template.
+        """
+        entry = self.describe(name).entry
+        if entry is None:
+            return Target(self.base, self._renderer, None)
+        require_template(entry.label, entry.template_hash or "", self._renderer)
+        adapter = AdapterRef(entry.adapter_hash, entry.label)
+        return Target(entry.label, asked_as_trained(self._renderer, entry.system), adapter)
+
+    def describe(self, name: str) -> Listed:
+        """What a name means now. Raises as `find`, but for adapter-template."""
+        if name in (self.base, BASE):
+            return Listed(name, self.base, None)
+        entry = self._registry.get(name)
+        check_base(entry, self._base_hash)
+        return Listed(name, entry.label, entry)
+
+    def read(self, adapter: AdapterRef) -> AdapterFiles:
+        """The files of a version, hashed and checked first. Raises AdapterError."""
+        entry = self._registry.verify(adapter.label)
+        try:
+            return read_adapter(self._registry.folder(entry))
+        except OSError as error:
+            raise AdapterError(
+                "adapter-damaged",
+                f"{adapter.label}: its files went away while they were read",
+                got=str(error.strerror),
+                hint="use another version",
+            ) from error
+
+    def list(self) -> list[Listed]:
+        """The base, then each name with its newest version, then every version; damaged ones are left out."""
+        entries = [
+            entry for entry in self._registry.list(on_damaged=lambda _error: None) if entry.base_hash == self._base_hash
+        ]
+        newest = {entry.name: entry for entry in entries}  # they come in the order of their versions
+        names = [Listed(name, entry.label, entry) for name, entry in newest.items() if name not in (self.base, BASE)]
+        return [Listed(self.base, self.base, None), *names, *(Listed(e.label, e.label, e) for e in entries)]

@@ -1,0 +1,190 @@
+"""The bodies of OpenAI's API that this server reads, field by field.
+
+Fields that OpenAI knows and that change nothing here are taken and have no effect; those that would change the answer
+and do not exist yet are refused unless they say what happens anyway; unknown ones are refused. This module does not
+know how requests are answered.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+MOST_STOPS = 16
+MOST_SEQUENCES = 128
+MOST_TOP_LOGPROBS = 20
+_SEEDS = 2**63
+
+
+def _whole(text: str) -> str:
+    """Refuse halves of characters (lone surrogates), which JSON can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("text", "the text is not valid Unicode") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+StopText = Annotated[Text, Field(min_length=1, max_length=1000)]
+TokenId = Annotated[int, Field(ge=0)]
+_T = TypeVar("_T")
+_Several = Annotated[list[_T], Field(min_length=1)]
+
+
+class ApiModel(BaseModel):
+    """A JSON object of the API: no unknown field, no number in quotes."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class StreamOptions(ApiModel):
+    """include_usage: a last chunk with the number of tokens. include_obfuscation: no effect here."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class TextPart(ApiModel):
+    """A piece of a message's text."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class ChatMessage(ApiModel):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[TextPart] | None = None
+    name: Text | None = None
+    reasoning_content: Text | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: Text | None = None
+    refusal: Text | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates read it: text in one piece, nothing that is null."""
+        message = self.model_dump(exclude_none=True, exclude={"refusal"})
+        if isinstance(self.content, list):
+            message["content"] = "".join(part.text for part in self.content)
+        message.setdefault("content", "")
+        return message
+
+
+class _Asked(ApiModel):
+    """What both kinds of requests have."""
+
+    model: Text
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-_SEEDS, lt=_SEEDS)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_SEQUENCES)] | None = None
+    ignore_eos: bool = False
+    # Without effect here.
+    user: Text | None = None
+    # Refused unless they say what happens anyway.
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings as a list."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the number of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @model_validator(mode="after")
+    def _refuse_what_is_not_there_yet(self) -> _Asked:
+        for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
+            if getattr(self, name):
+                raise not_yet(name)
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("stream_options", "stream_options needs stream: true")
+        return self
+
+
+class ChatRequest(_Asked):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+    # Without effect here.
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: Text | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
+    # Refused unless they say what happens anyway.
+    response_format: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The longest answer; None: to the end of the context."""
+        return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+
+    @model_validator(mode="after")
+    def _refuse_tools_and_formats(self) -> ChatRequest:
+        if self.response_format not in (None, {"type": "text"}):
+            raise not_yet("response_format")
+        if self.tools:
+            raise not_yet("tools")
+        if self.tool_choice not in (None, "none", "auto"):
+            raise not_yet("tool_choice")
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs: true")
+        return self
+
+
+class CompletionRequest(_Asked):
+    """POST /v1/completions. prompt: a text or token ids, or several. logprobs: how many of the likeliest tokens."""
+
+    prompt: Text | _Several[Text] | _Several[TokenId] | _Several[_Several[TokenId]]
+    max_tokens: Annotated[int, Field(ge=0)] | None = 16
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _refuse_what_makes_no_sense(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise PydanticCustomError("max_tokens", "max_tokens: 0 needs echo: true, or there is nothing to answer")
+        if self.stream and self.echo and self.logprobs is not None:
+            raise PydanticCustomError("stream", "echo with logprobs comes in one piece: leave stream out")
+        return self
+
+
+def not_yet(name: str) -> PydanticCustomError:
+    """The error for a field that OpenAI has and this server has not."""
+    return PydanticCustomError("unsupported_parameter", "{param} is not supported yet; leave it out", {"param": name})
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong. type and code: for programs; param: the field that is to blame."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: ErrorDetail

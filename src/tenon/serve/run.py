@@ -1,0 +1,188 @@
+"""A server from its start to its end: HTTP in a thread of its own, the engine in the one that calls, and the way out.
+
+SIGTERM: nothing new is taken, what runs may finish for `drain_seconds`, then everything ends. A second one ends it at
+once. This module does not know routes, and reads no request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from tenon.adapters.bank import AdapterBank
+from tenon.data.tokenizer import ChatTokenizer
+from tenon.errors import UsageError
+from tenon.models.decoder import Decoder
+from tenon.serve.app import make_app
+from tenon.serve.desk import Desk
+from tenon.serve.engine_loop import EngineLoop, Limits
+from tenon.serve.gate import Gate
+from tenon.serve.jobs import Event, Mailbox
+from tenon.serve.metrics import Metrics
+from tenon.serve.names import Names
+
+_POLL_SECONDS = 0.02
+# Connections that are still being written to when everything has ended get so long.
+_LAST_WRITES_SECONDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """limits: of the engine. queue: sequences that may wait besides those that run. fingerprint: of the base."""
+
+    limits: Limits
+    queue: int
+    most_body_bytes: int
+    drain_seconds: float
+    fingerprint: str
+    version: str
+
+
+class _Outlet:
+    """Carries events from the engine's thread to the event loop of the HTTP server, all of a pass at once."""
+
+    def __init__(self) -> None:
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def __call__(self, letters: list[tuple[Mailbox, Event]], /) -> None:
+        if self.loop is not None:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                self.loop.call_soon_threadsafe(_put_all, letters)
+
+
+def _put_all(letters: list[tuple[Mailbox, Event]]) -> None:
+    for mailbox, event in letters:
+        mailbox.put(event)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises UsageError usage-address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            "usage-address",
+            f"cannot listen on {host}, port {port}: {error}",
+            hint="choose another port (--port 0 takes a free one), or an address of this machine (--host)",
+        ) from error
+
+
+def address(listening: socket.socket) -> str:
+    """Where clients on this machine reach it."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run_server(
+    decoder: Decoder,
+    bank: AdapterBank,
+    tokenizer: ChatTokenizer,
+    names: Names,
+    *,
+    listening: socket.socket,
+    options: Options,
+    on_ready: Callable[[], None],
+) -> None:
+    """Serve until SIGTERM or Ctrl-C. Main thread only. Raises what the engine raises, after telling every client."""
+    outlet = _Outlet()
+    engine = EngineLoop(decoder, bank, limits=options.limits, read=names.read, deliver=outlet)
+    gate = Gate(engine, tokenizer, Metrics(engine), most=options.limits.rows + options.queue)
+    desk = Desk(gate, names, options.fingerprint, decoder.facts.vocab)
+    app = make_app(desk, version=options.version, most_body_bytes=options.most_body_bytes)
+    http = HttpThread(app, gate, listening, outlet, drain_seconds=options.drain_seconds)
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        http.drain()
+
+    http.start()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        on_ready()
+        engine.run()
+    finally:
+        http.finish()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class HttpThread:
+    """The HTTP server in its thread. When it ends, the engine is stopped."""
+
+    def __init__(
+        self, app: FastAPI, gate: Gate, listening: socket.socket, outlet: _Outlet, *, drain_seconds: float
+    ) -> None:
+        self._gate, self._listening, self._outlet, self._drain_seconds = gate, listening, outlet, drain_seconds
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_LAST_WRITES_SECONDS,
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="http")
+        self._up = threading.Event()
+        self._draining: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Start it, and wait until its event loop runs."""
+        self._ended = self._thread.submit(self._run)
+        self._up.wait()
+
+    def drain(self) -> None:
+        """Take nothing new, let what runs finish, then end; asked again, end at once. Safe in a signal handler."""
+        self._call(self._begin_drain)
+
+    def finish(self) -> None:
+        """End at once, if it has not ended yet, and wait for that. Raises what the server raised."""
+        self._call(self._end)
+        self._thread.shutdown()
+        self._ended.result()
+
+    def _call(self, work: Callable[[], None]) -> None:
+        if self._outlet.loop is not None:
+            with suppress(RuntimeError):  # the loop is closed: it has ended
+                self._outlet.loop.call_soon_threadsafe(work)
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        finally:
+            self._up.set()
+            self._gate.engine.stop()
+
+    async def _serve(self) -> None:
+        self._outlet.loop = asyncio.get_running_loop()
+        self._up.set()
+        await self._server.serve(sockets=[self._listening])
+
+    def _begin_drain(self) -> None:
+        if self._gate.draining:
+            self._end()
+            return
+        self._gate.draining = True
+        self._draining = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        deadline = time.monotonic() + self._drain_seconds
+        while self._gate.open and time.monotonic() < deadline:
+            await asyncio.sleep(_POLL_SECONDS)
+        self._end()
+
+    def _end(self) -> None:
+        self._gate.draining = True
+        self._gate.abort()
+        self._server.should_exit = True

@@ -1,0 +1,62 @@
+"""A server as a user has it: planned from a base or a recipe, started in a worker process, stopped in good order.
+
+This module does not know HTTP, how answers are made, nor screens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from tenon.errors import StopRequestedError
+from tenon.plan.requests import Engine, ServeRequest
+from tenon.plan.values import BasePlan
+from tenon.recipe.load import load_recipe
+from tenon.service.environment import require_serving
+from tenon.service.subjects import open_subject
+from tenon.service.worker_process import Event, start_worker, worker_log
+from tenon.settings import Settings
+
+_RECIPES = (".yaml", ".yml")
+
+
+def open_base(spec: str | None, settings: Settings) -> Engine:
+    """What to serve: a base, the base of a recipe (with its template), or the embedded base.
+
+    Raises RecipeError, BaseModelError; those of `require_serving`.
+    """
+    require_serving()
+    template = None
+    if spec is not None and Path(spec).suffix in _RECIPES:
+        loaded = load_recipe(Path(spec))
+        spec = loaded.base_spec
+        written = loaded.recipe.data.template
+        template = None if written is None else loaded.resolve(written)
+    engine = open_subject(None, spec, settings).engine
+    return engine if template is None else engine.model_copy(update={"template": template})
+
+
+def public_name(base: BasePlan) -> str:
+    """What clients call a base: its name, or the last part of its path without `.gguf`."""
+    place = Path(base.spec).expanduser()
+    return place.resolve().name.removesuffix(".gguf") if place.exists() else base.spec
+
+
+class Serving:
+    """A server in a worker process. Listen to its events, then `finish`."""
+
+    def __init__(self, request: ServeRequest, settings: Settings) -> None:
+        """Starts the worker; its `ready` event says where it listens."""
+        self.worker = start_worker("serve", None, settings=settings, log=worker_log("serve", settings))
+        self.worker.send(request)
+
+    def events(self) -> Iterator[Event]:
+        """Its events as they come, until it has ended."""
+        return self.worker.events()
+
+    def finish(self) -> None:
+        """Wait for its end. Being stopped is its good end. Raises what the worker raised."""
+        with suppress(StopRequestedError):
+            self.worker.finish()
+        self.worker.log.unlink(missing_ok=True)
