@@ -31,6 +31,13 @@ def feed(decoder: Decoder, cache: KvCache, taken: dict[int, list[int]]) -> list[
     return list(hidden.split([len(ids) for ids in taken.values()]))
 
 
+def spoil(cache: KvCache, place: int) -> None:
+    """Let all that a place holds be NaN."""
+    line = torch.from_numpy(cache.slots(place, 0, cache.lengths[place]))
+    cache.keys.flatten(1, 2)[:, line] = float("nan")
+    cache.values.flatten(1, 2)[:, line] = float("nan")
+
+
 def alone(decoder: Decoder, ids: list[int]) -> torch.Tensor:
     (batch,) = pack_rows([bare_row(NO_SLOT, ids)], PackOptions(999), CPU)
     with torch.no_grad():
@@ -58,13 +65,13 @@ def test_p33_nothing_of_a_spoilt_sequence_reaches_the_next_one_of_its_place() ->
     decoder = tiny_decoder()
     cache = small_cache(decoder)
     feed(decoder, cache, {0: IDS, 1: IDS})
-    cache.keys[:, 0, :7], cache.values[:, 0, :7] = float("nan"), float("nan")
+    spoil(cache, 0)
     cache.clear(0)
     close(feed(decoder, cache, {0: IDS[:2], 1: [4, 6]})[0], alone(decoder, IDS[:2]))
     assert cache.lengths == [2, 9, 0]
-    cache.values[:, 1, :9] = float("nan")
-    cache.move(0, 1)
-    assert cache.lengths == [0, 2, 0] and bool(cache.values.isfinite().all())
+    spoil(cache, 1)
+    cache.clear(1)
+    assert cache.lengths == [2, 0, 0] and bool(cache.values.isfinite().all()) and bool(cache.keys.isfinite().all())
 
 
 def test_a_place_keeps_its_beginning_and_copies_of_it_begin_others() -> None:
@@ -74,6 +81,7 @@ def test_a_place_keeps_its_beginning_and_copies_of_it_begin_others() -> None:
     cache.clear(0, keep_tokens=3)
     prefix = cache.prefix(0)
     feed(decoder, cache, {2: [7] * 6})
+    cache.clear(2)
     cache.restore(2, prefix)
     assert cache.lengths == [3, 0, 3]
     for found in feed(decoder, cache, {0: IDS[3:], 2: IDS[3:]}):

@@ -12,7 +12,7 @@ import torch
 from tenon.bases.facts import ModelFacts
 from tenon.infer.engine import Engine
 from tenon.infer.requests import Completion, OnFinish, OnToken, Request
-from tenon.models.cache import KvCache
+from tenon.models.cache import BLOCK_TOKENS, KvCache, token_bytes
 from tenon.models.decoder import Bank, Decoder
 
 # A common beginning is computed apart when that saves at least so many tokens; below, the extra pass costs more.
@@ -34,7 +34,7 @@ def generate(
 ) -> list[Completion]:
     """The completion of every request, in order; requests of any slots share the passes.
 
-    max_rows: most rows at a time; fewer when the cache (cache_bytes, at least one row) does not hold so many.
+    max_rows: most rows at a time; fewer while the cache (cache_bytes, at least one row) does not hold so many.
     pass_tokens: most tokens of one pass. share_prefix: compute the beginning that a slot's prompts share once.
     on_token, on_finish: see there.
     A request's answer does not depend on any of these, nor on the other requests, but for the rounding of sums.
@@ -55,18 +55,23 @@ def generate(
 
 
 def place_bytes(facts: ModelFacts, *, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values of one place of the cache."""
-    return 2 * facts.layers * tokens * facts.kv_heads * facts.head_dim * dtype.itemsize
+    """Bytes of keys and values of one sequence."""
+    return tokens * token_bytes(facts, dtype)
 
 
 def _make_cache(decoder: Decoder, requests: Sequence[Request], *, max_rows: int, cache_bytes: int) -> KvCache:
-    """A cache whose places hold the longest request, as many as the bytes allow."""
-    facts = decoder.facts
+    """A cache of so many bytes, or less where all rows at their longest need less; at least the longest request."""
     longest = max(len(r.prompt_ids) + max(r.max_new_tokens, len(r.draft_ids)) for r in requests)
-    tokens = min(longest, facts.context_tokens)
-    fitting = cache_bytes // place_bytes(facts, tokens=tokens, dtype=decoder.dtype)
-    places = max(1, min(max_rows, len(requests), fitting))
-    return KvCache(facts, places=places, tokens=tokens, dtype=decoder.dtype, device=decoder.device)
+    tokens = min(longest, decoder.facts.context_tokens)
+    one = place_bytes(decoder.facts, tokens=tokens + BLOCK_TOKENS, dtype=decoder.dtype)
+    return KvCache(
+        decoder.facts,
+        places=min(max_rows, len(requests)),
+        tokens=tokens,
+        dtype=decoder.dtype,
+        device=decoder.device,
+        budget_bytes=max(cache_bytes, one),
+    )
 
 
 def shared_prefixes(requests: Sequence[Request], most_tokens: int) -> dict[int, list[int]]:

@@ -5,7 +5,7 @@ This module knows no text, no tensors, and not how requests share a batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -42,6 +42,8 @@ class Request:
     draft_ids: Sequence[int] = ()
     top_logprobs: int = 0
     prompt_logprobs: bool = False
+    adapter_key: Hashable | None = None
+    salt: Hashable = ""
 
     def __post_init__(self) -> None:
         """Raises UsageError usage-empty-prompt, usage-sampling."""
