@@ -16,7 +16,7 @@ from tenon.plan.requests import ServeRequest
 from tenon.registry.store import Registry
 from tenon.serve.engine_loop import Limits
 from tenon.serve.names import Names
-from tenon.serve.run import Options, address, listen, run_server
+from tenon.serve.run import Options, Server, address, listen, stopped_by_signals
 from tenon.settings import Settings
 from tenon.units import format_bytes
 
@@ -40,19 +40,12 @@ def serve(request: ServeRequest, emit: Emit, settings: Settings) -> None:
             version=metadata.version("tenonlm"),
         )
 
-        def on_ready() -> None:
+        server = Server(bench.decoder, bench.bank, renderer.tokenizer, names, listening=listening, options=options)
+        with stopped_by_signals(server):
+            server.start()
             told = {"rows": limits.rows, "context_tokens": limits.context_tokens, "slots": limits.slots}
             emit("ready", url=address(listening), name=request.name, **told)
-
-        run_server(
-            bench.decoder,
-            bench.bank,
-            renderer.tokenizer,
-            names,
-            listening=listening,
-            options=options,
-            on_ready=on_ready,
-        )
+            server.work()
 
 
 def cache_limits(request: ServeRequest, decoder: Decoder) -> Limits:

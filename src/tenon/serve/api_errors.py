@@ -56,8 +56,12 @@ def error_body(error: ApiError) -> dict[str, Any]:
 
 
 def validation_error(problems: Sequence[Any]) -> ApiError:
-    """What pydantic says of a body, as one error: the first problem, with the field that has it."""
-    problem = problems[0]
+    """What pydantic says of a body, as one error: the first field with a problem, and the innermost one there.
+
+    A field that may be of several kinds has a problem with each of them; the innermost is that of the kind it is.
+    """
+    field = problems[0]["loc"][:2]
+    problem = max((each for each in problems if each["loc"][:2] == field), key=lambda each: len(each["loc"]))
     where = [str(part) for part in problem["loc"] if part != "body"]
     # The kinds that a field may have are no part of its name.
     param = ".".join(part for part in where if part.isdigit() or (part.isidentifier() and part not in ("str", "int")))

@@ -11,9 +11,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
@@ -85,34 +85,53 @@ def address(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run_server(
-    decoder: Decoder,
-    bank: AdapterBank,
-    tokenizer: ChatTokenizer,
-    names: Names,
-    *,
-    listening: socket.socket,
-    options: Options,
-    on_ready: Callable[[], None],
-) -> None:
-    """Serve until SIGTERM or Ctrl-C. Main thread only. Raises what the engine raises, after telling every client."""
-    outlet = _Outlet()
-    engine = EngineLoop(decoder, bank, limits=options.limits, read=names.read, deliver=outlet)
-    gate = Gate(engine, tokenizer, Metrics(engine), most=options.limits.rows + options.queue)
-    desk = Desk(gate, names, options.fingerprint, decoder.facts.vocab)
-    app = make_app(desk, version=options.version, most_body_bytes=options.most_body_bytes)
-    http = HttpThread(app, gate, listening, outlet, drain_seconds=options.drain_seconds)
+class Server:
+    """One server. `start` HTTP, then `work` in the thread that is to own the engine; `drain` lets `work` return."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        bank: AdapterBank,
+        tokenizer: ChatTokenizer,
+        names: Names,
+        *,
+        listening: socket.socket,
+        options: Options,
+    ) -> None:
+        outlet = _Outlet()
+        self.engine = EngineLoop(decoder, bank, limits=options.limits, read=names.read, deliver=outlet)
+        self.gate = Gate(self.engine, tokenizer, Metrics(self.engine), most=options.limits.rows + options.queue)
+        desk = Desk(self.gate, names, options.fingerprint, decoder.facts.vocab)
+        app = make_app(desk, version=options.version, most_body_bytes=options.most_body_bytes)
+        self._http = HttpThread(app, self.gate, listening, outlet, drain_seconds=options.drain_seconds)
+
+    def start(self) -> None:
+        """Begin to take requests; they are answered once `work` runs."""
+        self._http.start()
+
+    def work(self) -> None:
+        """Answer until the HTTP server has ended. Raises what the engine raises, after telling every client."""
+        try:
+            self.engine.run()
+        finally:
+            self._http.finish()
+
+    def drain(self) -> None:
+        """Take nothing new, let what runs finish, then end; asked again, end at once. Safe in a signal handler."""
+        self._http.drain()
+
+
+@contextmanager
+def stopped_by_signals(server: Server) -> Iterator[None]:
+    """SIGTERM and Ctrl-C drain the server. Main thread only."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
-        http.drain()
+        server.drain()
 
-    http.start()
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        on_ready()
-        engine.run()
+        yield
     finally:
-        http.finish()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -143,7 +162,7 @@ class HttpThread:
         self._up.wait()
 
     def drain(self) -> None:
-        """Take nothing new, let what runs finish, then end; asked again, end at once. Safe in a signal handler."""
+        """See `Server.drain`."""
         self._call(self._begin_drain)
 
     def finish(self) -> None:

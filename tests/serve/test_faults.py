@@ -1,0 +1,280 @@
+"""What clients and files do wrong: told in OpenAI's shape, and nobody else notices."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from openai import OpenAI
+from safetensors.numpy import load_file, save_file
+
+from tenon.registry.entry import Entry
+from tenon.runs.checkpoints import FileFacts, hash_file
+from tests.serve.house import CONTEXT, House, Running, read_stream, serving, wait_until
+
+CHAT: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "the"}], "max_tokens": 2}
+TEXT: dict[str, Any] = {"model": "base", "prompt": "the", "max_tokens": 2}
+
+
+def test_unknown_names_and_paths_are_not_found(running: Running, client: OpenAI) -> None:
+    names = ("lo", "low@9", "low@0", "low@x", "../x", "/etc/passwd", "low/1", "", "low@1/../1", "a" * 5000, "lo\u0000w")
+    for name in names:
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.completions.create(model=name, prompt="the", max_tokens=2)
+        assert caught.value.code == "model_not_found" and caught.value.param == "model", name
+    with pytest.raises(openai.NotFoundError, match="did you mean low"):
+        client.chat.completions.create(model="lowe", messages=[{"role": "user", "content": "x"}])
+    assert running.ask("/v1/nothing", TEXT)[0] == 404
+    status, body = running.ask("/v1/completions")
+    assert status == 405 and body["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"temperature": 3}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"stop": [""]}, "stop.0"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"seed": 2**63}, "seed"),
+        ({"surprise": 1}, "surprise"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"logit_bias": {"5": 1.0}}, "logit_bias"),
+        ({"stream_options": {"include_usage": True}}, None),
+        ({"model": None}, "model"),
+    ],
+)
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+def test_bad_fields_are_named(running: Running, route: str, change: dict[str, Any], param: str | None) -> None:
+    status, body = running.ask(f"/v1/{route}", {**(CHAT if "chat" in route else TEXT), **change})
+    assert status == 400, body
+    assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["param"] == param and body["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"messages": []},
+        {"messages": [{"role": "robot", "content": "x"}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        {"messages": [{"role": "user", "content": "\ud800"}]},
+        {"messages": "hello"},
+        {"tools": [{"type": "function", "function": {"name": "x"}}]},
+        {"response_format": {"type": "json_object"}},
+        {"top_logprobs": 2},
+    ],
+)
+def test_bad_chats_are_refused(running: Running, change: dict[str, Any]) -> None:
+    status, body = running.ask("/v1/chat/completions", {**CHAT, **change})
+    assert status == 400 and body["error"]["message"], body
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": []},
+        {"prompt": ""},
+        {"prompt": [[]]},
+        {"prompt": [1, "x"]},
+        {"prompt": [5, 288]},
+        {"prompt": [-1]},
+        {"prompt": [2**70]},
+        {"prompt": [True]},
+        {"prompt": "\ud800"},
+        {"max_tokens": 0},
+        {"echo": True, "logprobs": 1, "stream": True},
+        {"logprobs": 21},
+    ],
+)
+def test_bad_completions_are_refused(running: Running, change: dict[str, Any]) -> None:
+    status, body = running.ask("/v1/completions", {**TEXT, **change})
+    assert status == 400 and body["error"]["message"], body
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"model": "base", "prompt": "\xff"}', b"[" * 50_000,
+     b'{"model": "base", "prompt": [' + b"9" * 9000 + b"]}", b'{"\\ud800": 1}', b'{"temperature": NaN}'],
+)  # fmt: skip
+def test_bodies_that_are_no_request_are_refused(running: Running, data: bytes) -> None:
+    status, body = running.ask("/v1/completions", data)
+    assert status == 400 and body["error"]["message"], body
+
+
+def test_a_prompt_that_leaves_no_room_says_the_numbers(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match=f"context is {CONTEXT} tokens") as caught:
+        client.completions.create(model="base", prompt=[5] * CONTEXT, max_tokens=1)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="lower max_tokens"):
+        client.completions.create(model="base", prompt=[5] * 10, max_tokens=CONTEXT - 9)
+    found = client.completions.create(model="base", prompt=[5] * (CONTEXT - 1), max_tokens=1)
+    assert found.usage is not None and found.usage.prompt_tokens == CONTEXT - 1
+
+
+def test_large_bodies_are_refused_at_the_latest_when_they_become_too_large(running: Running) -> None:
+    status, body = running.ask("/v1/completions", {**TEXT, "prompt": "x" * 10_000_000})
+    assert status == 413 and body["error"]["type"] == "request_too_large"
+    connection = running.connect()
+    chunks = (b'{"prompt": "' if i == 0 else b"x" * 1000 for i in range(200))
+    connection.request("POST", "/v1/completions", chunks, {"Content-Type": "application/json"}, encode_chunked=True)
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
+def damage(kind: str, house: House, entry: Entry) -> None:
+    """Do to a registered version what disks and people do."""
+    folder = house.registry.folder(entry)
+    weights = folder / "adapter_model.safetensors"
+    if kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif kind == "flipped":
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 0x40
+        weights.write_bytes(bytes(data))
+    elif kind == "vanished":
+        weights.unlink()
+    elif kind == "link":
+        shutil.copy(weights, house.world.root / f"elsewhere-{entry.name}")
+        weights.unlink()
+        weights.symlink_to(house.world.root / f"elsewhere-{entry.name}")
+    elif kind == "entry":
+        (folder / "tenon.json").write_text("{}")
+    elif kind == "pickle":
+        (folder / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    elif kind == "nan":
+        tensors = load_file(weights)
+        tensors[min(tensors)][0, 0] = np.nan
+        save_file(tensors, weights)
+        rehash(folder)
+    elif kind == "shape":  # whole and well formed, but of another base than it says
+        tensors = {
+            name: np.ascontiguousarray(t[:, :-8] if "lora_A" in name else t) for name, t in load_file(weights).items()
+        }
+        save_file(tensors, weights)
+        rehash(folder)
+
+
+def rehash(folder: Path) -> None:
+    """Let the entry say what the files now hold."""
+    entry = Entry.from_json((folder / "tenon.json").read_bytes())
+    files = {
+        name: FileFacts(sha256=hash_file(folder / name), size_bytes=(folder / name).stat().st_size)
+        for name in entry.files
+    }
+    (folder / "tenon.json").write_text(entry.model_copy(update={"files": files}).to_json())
+
+
+KINDS = ("truncated", "flipped", "vanished", "link", "entry", "pickle", "nan", "shape")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_adapter_is_refused_and_other_streams_go_on(
+    house: House, running: Running, client: OpenAI, kind: str
+) -> None:
+    damage(kind, house, house.register(f"bad-{kind}", rank=2, seed=100 + KINDS.index(kind)))
+    whole = client.completions.create(model="low", temperature=0, prompt="the lake", max_tokens=200).choices[0].text
+    connection, stream = running.start_stream(model="low", temperature=0, max_tokens=200, ignore_eos=False)
+    with pytest.raises(openai.UnprocessableEntityError) as caught:
+        client.completions.create(model=f"bad-{kind}", prompt="the", max_tokens=2)
+    assert caught.value.code is not None and caught.value.code.startswith("adapter-")
+    assert str(house.world.root) not in caught.value.message
+    said = "".join(choice["text"] for chunk in read_stream(stream) for choice in chunk["choices"])
+    assert whole.endswith(said) and len(said) >= len(whole) - 10
+    connection.close()
+
+
+def test_adapters_of_another_base_or_template_are_refused(house: House, client: OpenAI) -> None:
+    house.register("stranger", rank=2, seed=50, base_hash="0" * 64)
+    house.register("dressed", rank=2, seed=51, template_hash="e" * 64)
+    for name, code in (("stranger", "adapter-other-base"), ("dressed", "adapter-template")):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model=name, prompt="the", max_tokens=2)
+        assert caught.value.code == code
+    assert "stranger" not in {model.id for model in client.models.list()}
+
+
+def test_scores_that_are_not_finite_end_their_own_request(house: House, running: Running, client: OpenAI) -> None:
+    """Weights may all be finite and what comes of them not."""
+    entry = house.register("huge", rank=2, seed=60)
+    weights = house.registry.folder(entry) / "adapter_model.safetensors"
+    save_file({name: np.full_like(t, 3e38) for name, t in load_file(weights).items()}, weights)
+    rehash(house.registry.folder(entry))
+    connection, stream = running.start_stream(model="low")
+    with pytest.raises(openai.UnprocessableEntityError, match="not finite"):
+        client.completions.create(model="huge", prompt="the", max_tokens=2)
+    read_stream(stream)
+    connection.close()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_place(running: Running, stream: bool) -> None:
+    engine, gate = running.server.engine, running.server.gate
+    connection = running.connect()
+    for _ in range(3):
+        body = json.dumps({"model": "low", **LONG_MANY, "stream": stream}).encode()
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        wait_until(lambda: engine.load.running == 3)
+        if stream:
+            assert connection.getresponse().readline()
+        connection.close()
+        wait_until(lambda: engine.load.running == 0 and gate.open == 0, seconds=2)
+
+
+# Far more than can be made in the time that the test waits.
+LONG_MANY = {"prompt": ["the lake"] * 3, "n": 1, "max_tokens": CONTEXT - 20, "ignore_eos": True}
+
+
+def test_too_many_sequences_are_told_to_come_back(house: House) -> None:
+    with serving(house, rows=1, queue=1) as running:
+        status, body = running.ask("/v1/completions", {**TEXT, "n": 3})
+        assert status == 400 and "2 sequences" in body["error"]["message"]
+        held = [running.start_stream()]
+        connection = running.connect()
+        connection.request("POST", "/v1/completions", json.dumps(TEXT).encode(), {"Content-Type": "application/json"})
+        wait_until(lambda: running.server.gate.open == 2)
+        with (
+            OpenAI(base_url=running.url, api_key="none", max_retries=0) as client,
+            pytest.raises(openai.RateLimitError) as caught,
+        ):
+            client.completions.create(**TEXT)
+        assert caught.value.code == "queue_full" and caught.value.response.headers["Retry-After"] == "1"
+        assert connection.getresponse().status == 200
+        read_stream(held[0][1])
+        for each in (connection, held[0][0]):
+            each.close()
+
+
+def test_a_server_that_drains_finishes_what_runs_and_takes_nothing_new(house: House) -> None:
+    with serving(house) as running:
+        connection, stream = running.start_stream()
+        idle = running.connect()
+        idle.request("GET", "/ready")
+        assert idle.getresponse().read() == b'{"status":"ready"}'
+        running.server.drain()
+        idle.request("POST", "/v1/completions", json.dumps(TEXT).encode(), {"Content-Type": "application/json"})
+        answer = idle.getresponse()
+        assert answer.status == 503 and json.loads(answer.read())["error"]["code"] == "draining"
+        assert running.ask("/ready")[0] == 503 and running.ask("/health")[0] == 200
+        chunks = read_stream(stream)
+        assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+        for each in (connection, idle):
+            each.close()
+
+
+def test_what_takes_too_long_is_ended_with_an_error(house: House) -> None:
+    with serving(house, drain_seconds=0.0) as running:
+        connection, stream = running.start_stream(n=4)
+        running.server.drain()
+        last = [line for line in stream.read().decode().splitlines() if line.startswith("data: ")][-1]
+        assert json.loads(last[6:])["error"]["code"] == "run-stopped"
+        connection.close()

@@ -1,0 +1,83 @@
+"""The real command over the real worker: it says where it listens, and ends in good order."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from typing import Any
+
+import pytest
+from openai import OpenAI
+
+from tests.serve.house import LONG, House, read_stream, wait_until
+
+
+@contextmanager
+def command(house: House, *words: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """`tenon serve`, and its `ready` event. Nothing of it is left afterwards."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tenon.cli.main", "serve", "--port", "0", "--context", "256", "--json", *words],
+        cwd=house.world.root, env=house.world.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    try:
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        yield process, json.loads(line)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def reachable(port: int) -> bool:
+    with socket.socket() as trial:
+        return trial.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_what_runs_finish_and_the_exit_status_is_0(house: House, number: signal.Signals) -> None:
+    with command(house, "base") as (process, ready):
+        assert ready["name"] == "base" and ready["context_tokens"] == 256
+        port = int(ready["url"].rpartition(":")[2])
+        with OpenAI(base_url=f"{ready['url']}/v1", api_key="none") as client:
+            found = client.chat.completions.create(
+                model="low", messages=[{"role": "user", "content": "the house"}], max_tokens=5, temperature=0
+            )
+            assert found.model == "low@1"
+        connection = HTTPConnection("127.0.0.1", port, timeout=30)
+        body = json.dumps({"model": "high", "stream": True, **LONG}).encode()
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        assert answer.readline().startswith(b"data: ")
+        process.send_signal(number)
+        assert read_stream(answer)[-1]["choices"][0]["finish_reason"] == "length"
+        connection.close()
+        assert process.wait(timeout=20) == 0
+        assert not reachable(port)
+    assert list((house.world.root / "home" / "logs").glob("serve-*")) == []
+
+
+def test_a_server_whose_command_is_killed_ends_too(house: House) -> None:
+    with command(house, "recipe.yaml") as (process, ready):
+        os.kill(process.pid, signal.SIGKILL)
+        port = int(ready["url"].rpartition(":")[2])
+        wait_until(lambda: not reachable(port), seconds=20)
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded(house: House) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = house.world.tenon("serve", "base", "--port", str(taken.getsockname()[1]))
+    assert done.returncode == 2 and "error[usage-address]" in done.stderr and "--port 0" in done.stderr
+    assert "loading the base" not in done.stderr
+
+
+def test_a_cache_that_holds_no_sequence_is_refused(house: House) -> None:
+    done = house.world.tenon("serve", "base", "--port", "0", "--cache", "1kB")
+    assert done.returncode == 1 and "error[plan-cache]" in done.stderr and "--cache" in done.stderr
