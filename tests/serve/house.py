@@ -145,8 +145,10 @@ def make_house(root: Path) -> House:
 
 @contextmanager
 def serving(house: House, **changes: Any) -> Iterator[Running]:
-    """A server over the house. changes: rows, slots, queue, most_body_bytes, drain_seconds."""
-    limits = Limits(changes.pop("rows", 4), CONTEXT, 64, changes.pop("slots", 2))
+    """A server over the house. changes: rows, slots, cache_bytes, queue, most_body_bytes, drain_seconds."""
+    rows, slots = changes.pop("rows", 4), changes.pop("slots", 2)
+    cache_bytes = changes.pop("cache_bytes", 1 << 24)
+    limits = Limits(rows, CONTEXT, cache_bytes, pass_tokens=64, slots=slots)
     fields = {"queue": 64, "most_body_bytes": 100_000, "drain_seconds": 10.0, **changes}
     bank = AdapterBank(house.base.facts, dtype=torch.float32, device=CPU)
     names = Names(house.registry, house.renderer, base="tiny", base_hash=house.base.base_hash)

@@ -75,7 +75,11 @@ def test_a_stream_says_what_the_whole_answer_says(client: OpenAI, model: str, te
             finishes[choice.index] += choice.finish_reason or ""
     assert texts == [choice.message.content for choice in whole.choices]
     assert finishes == [choice.finish_reason for choice in whole.choices]
-    assert tokens == [choice.logprobs.content for choice in whole.choices]
+    # What was remembered of the prompt may be rounded in another way.
+    told = [choice.logprobs.content for choice in whole.choices]
+    assert [[each.token for each in one] for one in tokens] == [[each.token for each in one] for one in told]
+    for mine, theirs in zip(tokens, told, strict=True):
+        assert [each.logprob for each in mine] == pytest.approx([each.logprob for each in theirs], abs=1e-4)
     assert last is not None and last.usage == whole.usage and last.choices == []
 
 
@@ -193,3 +197,16 @@ def test_more_adapters_than_slots_take_turns(house: House, running: Running, cli
     assert answers == [house.decode(c.ids) for c in expected] * 2
     assert running.server.engine.loads - before >= 5 and len(running.server.engine.resident) <= 2
     wait_until(lambda: running.server.gate.open == 0)
+
+
+def test_what_is_remembered_of_a_prompt_belongs_to_its_adapter(house: House, running: Running, client: OpenAI) -> None:
+    """One slot after the other is given to another adapter; the prompt is always the same."""
+    ids = prompt_ids(house, "the house at the lake is the house that they saw then and there, when others were home")
+    names = [house.register(f"memory{i}", rank=2, seed=40 + i).name for i in range(4)]
+    completions = house.expected([ids] * 4, list(names), max_new_tokens=9)
+    expected = {name: house.decode(c.ids) for name, c in zip(names, completions, strict=True)}
+    before = running.server.engine.load.prefix_hit_tokens
+    for name in [*names, *reversed(names), *names]:
+        found = client.completions.create(model=name, prompt=ids, max_tokens=9, temperature=0)
+        assert found.choices[0].text == expected[name]
+    assert running.server.engine.load.prefix_hit_tokens > before

@@ -48,7 +48,7 @@ def working(house: House, *, rows: int = 3, slots: int = 1) -> Iterator[EngineLo
         return read_adapter(house.registry.folder(house.registry.get(adapter.label)))
 
     bank = AdapterBank(house.base.facts, dtype=torch.float32, device=CPU)
-    loop = EngineLoop(house.decoder, bank, limits=Limits(rows, 128, 32, slots), read=read, deliver=deliver)
+    loop = EngineLoop(house.decoder, bank, limits=Limits(rows, 128, 1 << 24, 32, slots), read=read, deliver=deliver)
     thread = threading.Thread(target=loop.run)
     thread.start()
     try:
@@ -122,7 +122,7 @@ def test_whoever_is_left_when_it_ends_is_told(house: House) -> None:
 
 def test_a_decoder_that_breaks_ends_the_loop_and_everybody_is_told(house: House) -> None:
     bank = AdapterBank(house.base.facts, dtype=torch.float32, device=CPU)
-    loop = EngineLoop(house.decoder, bank, limits=Limits(1, 64, 32, 1), read=None, deliver=deliver)  # pyright: ignore
+    loop = EngineLoop(house.decoder, bank, limits=Limits(1, 64, 1 << 24, 32, 1), read=None, deliver=deliver)  # pyright: ignore
     box = Box()
     loop.submit(Job(Request([10_000]), None, box))  # a token that no embedding has
     with pytest.raises(IndexError):

@@ -278,3 +278,22 @@ def test_what_takes_too_long_is_ended_with_an_error(house: House) -> None:
         last = [line for line in stream.read().decode().splitlines() if line.startswith("data: ")][-1]
         assert json.loads(last[6:])["error"]["code"] == "run-stopped"
         connection.close()
+
+
+def test_a_full_cache_makes_sequences_wait_and_changes_no_answer(house: House) -> None:
+    one = house.base.facts.layers * 2 * CONTEXT * house.base.facts.kv_heads * house.base.facts.head_dim * 4
+    with (
+        serving(house, cache_bytes=one * 3 // 2, rows=4) as running,
+        OpenAI(base_url=running.url, api_key="none", max_retries=0, timeout=60) as client,
+    ):
+        fields: dict[str, Any] = {
+            "model": "low",
+            "temperature": 0,
+            "max_tokens": 150,
+            "extra_body": {"ignore_eos": True},
+        }
+        prompts = ["the lake", "weather", "home", "then and there"]
+        alone = [client.completions.create(**fields, prompt=prompt).choices[0].text for prompt in prompts]
+        together = client.completions.create(**fields, prompt=prompts)
+        assert [choice.text for choice in together.choices] == alone
+        assert running.server.engine.load.preemptions > 0

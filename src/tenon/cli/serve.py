@@ -32,7 +32,7 @@ def serve(
         int, typer.Option("--context", min=16, help="Longest sequence in tokens, prompt and answer together.")
     ] = 4096,
     cache: Annotated[
-        str, typer.Option("--cache", help="Memory for keys and values; fewer rows where it is too little.")
+        str, typer.Option("--cache", help="Memory for keys and values; when it is full, the youngest sequences wait.")
     ] = "2GB",
     queue: Annotated[int, typer.Option("--queue", min=0, help="Sequences that may wait; more are refused.")] = 1024,
     drain: Annotated[

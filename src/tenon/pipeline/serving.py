@@ -9,6 +9,7 @@ from importlib import metadata
 
 from tenon.errors import PlanError
 from tenon.infer.generate import place_bytes
+from tenon.models.cache import BLOCK_TOKENS
 from tenon.models.decoder import Decoder
 from tenon.pipeline.slot_data import Emit
 from tenon.pipeline.talking import open_engine
@@ -49,15 +50,14 @@ def serve(request: ServeRequest, emit: Emit, settings: Settings) -> None:
 
 
 def cache_limits(request: ServeRequest, decoder: Decoder) -> Limits:
-    """How many sequences of which length the cache holds. Raises PlanError plan-cache without room for one."""
+    """What the engine may use. Raises PlanError plan-cache when the cache does not hold one sequence."""
     context = min(request.context_tokens, decoder.facts.context_tokens)
-    one = place_bytes(decoder.facts, tokens=context, dtype=decoder.dtype)
-    rows = min(request.rows, request.cache_bytes // one)
-    if rows < 1:
+    one = place_bytes(decoder.facts, tokens=context + BLOCK_TOKENS, dtype=decoder.dtype)
+    if request.cache_bytes < one:
         raise PlanError(
             "plan-cache",
             f"a cache of {format_bytes(request.cache_bytes)} does not hold one sequence of {context:,} tokens",
             got=f"{format_bytes(one)} a sequence",
             hint="give more with --cache, or shorter sequences with --context",
         )
-    return Limits(rows, context, _PASS_TOKENS[decoder.device.type], request.slots)
+    return Limits(request.rows, context, request.cache_bytes, _PASS_TOKENS[decoder.device.type], request.slots)

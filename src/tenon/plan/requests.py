@@ -125,8 +125,9 @@ class ServeRequest(Value):
     """Answer requests over HTTP until SIGTERM; then what runs is finished and the worker ends with 0.
 
     name: what clients call the base. port: 0 takes a free one. slots: adapters in the bank at a time. rows: most
-    sequences at a time, fewer where cache_bytes (of keys and values) does not hold so many of context_tokens (prompt
-    and answer together). queue: sequences that may wait besides. drain_seconds: what runs may take so long to finish.
+    sequences at a time. context_tokens: the longest, prompt and answer together. cache_bytes: of all keys and values;
+    when they are full, the youngest sequence waits. queue: sequences that may wait besides. drain_seconds: what runs
+    may take so long to finish.
     Event: `ready` {url, name, rows, context_tokens, slots}.
     """
 

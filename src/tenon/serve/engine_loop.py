@@ -25,23 +25,32 @@ from tenon.serve.residency import ReadFiles, Residency
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """rows: sequences at a time. context_tokens: longest sequence, prompt and answer together. pass_tokens: most tokens
-    of one pass. slots: adapters in the bank at a time.
+    """rows: sequences at a time. context_tokens: longest sequence, prompt and answer together. cache_bytes: keys and
+    values of all sequences, and of beginnings that are remembered. pass_tokens: most tokens of one pass. slots:
+    adapters in the bank at a time.
     """
 
     rows: int
     context_tokens: int
+    cache_bytes: int
     pass_tokens: int
     slots: int
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy the engine is: sequences that have a place, that wait for one, and that wait for their adapter."""
+    """How busy the engine is: sequences that have a place, that wait for one, and that wait for their adapter.
+
+    cache_used: share of the cache that sequences hold. prefix_hit_tokens: tokens of prompts that were not computed
+    again, since the start; preemptions: how often a sequence gave up its place when the cache was full.
+    """
 
     running: int = 0
     waiting: int = 0
     parked: int = 0
+    cache_used: float = 0.0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +71,7 @@ class EngineLoop:
             tokens=limits.context_tokens,
             dtype=decoder.dtype,
             device=decoder.device,
+            budget_bytes=limits.cache_bytes,
         )
         self._engine = Engine(
             decoder,
@@ -71,6 +81,7 @@ class EngineLoop:
             on_token=self._on_token,
             on_finish=self._on_finish,
             on_failure=self._on_failure,
+            keep_prefixes=True,
         )
         self._inbox: queue.SimpleQueue[Job | _Cancel | Literal["wake", "stop"]] = queue.SimpleQueue()
         self._residency = Residency(bank, slots=limits.slots, read=read, on_read=lambda: self._inbox.put("wake"))
@@ -159,7 +170,9 @@ class EngineLoop:
             else:
                 number = next(self._numbers)
                 self._running[number] = job
-                self._engine.submit(number, replace(job.request, slot=slot))
+                # What is remembered of a prompt belongs to the adapter: its slot may be another one's tomorrow.
+                owner = None if job.adapter is None else job.adapter.key
+                self._engine.submit(number, replace(job.request, slot=slot, adapter_key=owner))
         self._parked = still
         self._residency.forget_others({job.adapter.key for job in still if job.adapter is not None})
 
@@ -182,7 +195,15 @@ class EngineLoop:
         return job
 
     def _hand_over(self) -> None:
-        self.load = Load(self._engine.running, self._engine.waiting, len(self._parked))
+        now = self._engine.stats()
+        self.load = Load(
+            running=now.running,
+            waiting=now.waiting,
+            parked=len(self._parked),
+            cache_used=now.blocks_used / now.blocks_total,
+            prefix_hit_tokens=now.prefix_hit_tokens,
+            preemptions=now.preemptions,
+        )
         if self._letters:
             letters, self._letters = self._letters, []
             self._deliver(letters)

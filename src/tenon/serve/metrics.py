@@ -32,10 +32,13 @@ class Metrics:
         self._gauge("tenon_sequences_running", "Sequences that have a place.", lambda: engine.load.running)
         self._gauge("tenon_sequences_waiting", "Sequences that wait for a place.", lambda: engine.load.waiting)
         self._gauge("tenon_sequences_parked", "Sequences that wait for their adapter.", lambda: engine.load.parked)
+        self._gauge("tenon_cache_used_ratio", "Share of the cache that sequences hold.", lambda: engine.load.cache_used)
+        self._gauge("tenon_prefix_hit_tokens", "Tokens not computed again.", lambda: engine.load.prefix_hit_tokens)
+        self._gauge("tenon_preemptions", "Places given up to a full cache.", lambda: engine.load.preemptions)
         self._gauge("tenon_adapters_resident", "Adapters in the bank.", lambda: len(engine.resident))
         self._gauge("tenon_adapter_loads", "Adapters put into the bank since the start.", lambda: engine.loads)
 
-    def _gauge(self, name: str, text: str, read: Callable[[], int]) -> None:
+    def _gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         Gauge(name, text, registry=self._collection).set_function(read)
 
     def text(self) -> bytes:
