@@ -9,7 +9,7 @@ import torch
 
 from tenon.batch import NO_SLOT
 from tenon.data.pack import PackOptions, bare_row, pack_rows
-from tenon.models.cache import KvCache
+from tenon.models.cache import KvCache, token_bytes
 from tenon.models.decoder import Decoder
 from tests.tiny import CPU, tiny_decoder, tiny_facts
 
@@ -88,3 +88,45 @@ def test_a_place_keeps_its_beginning_and_copies_of_it_begin_others() -> None:
         close(found, whole[3:])
     cache.clear(0, keep_tokens=99)
     assert cache.lengths[0] == 7
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_p33_scattered_blocks_are_read_as_those_in_one_piece(window: int) -> None:
+    """Places whose homes others have taken, beside places at home, in passes of one and of many tokens."""
+    decoder = tiny_decoder(tiny_facts(window=window))
+    cache = KvCache(
+        decoder.facts,
+        places=4,
+        tokens=32,
+        dtype=decoder.dtype,
+        device=CPU,
+        budget_bytes=16 * 2 * token_bytes(decoder.facts, decoder.dtype),
+        block_tokens=2,
+    )
+    rows = {place: torch.randint(0, 97, (n,)).tolist() for place, n in enumerate((13, 9, 4, 3))}
+    found = {place: [] for place in rows}
+    for place, count in ((0, 9), (1, 4), (1, 1), (2, 2), (0, 2)):  # place 0 grows into the home of 1
+        at = sum(len(part) for part in found[place])
+        found[place] += feed(decoder, cache, {place: rows[place][at : at + count]})
+    while any(sum(map(len, found[p])) < len(ids) for p, ids in rows.items()):
+        at = {p: sum(map(len, found[p])) for p in rows}
+        step = {p: ids[at[p] : at[p] + 1] for p, ids in rows.items() if at[p] < len(ids)}
+        for place, hidden in zip(step, feed(decoder, cache, step), strict=True):
+            found[place].append(hidden)
+    assert {cache.first_block(place) is None for place in rows} == {True, False}
+    for place, ids in rows.items():
+        close(torch.cat(found[place]), alone(decoder, ids))
+        assert cache.lengths[place] == len(ids)
+    assert cache.pool.used == 7 + 5 + 2 + 2 == cache.pool.total
+
+
+def test_a_pool_without_blocks_gives_none_and_changes_nothing() -> None:
+    cache = small_cache(tiny_decoder(), places=2)
+    assert cache.pool.total == 2 and cache.capacity_tokens == 16
+    assert cache.begin(0, 17) == 0
+    assert cache.begin(1, 1) is None
+    assert not cache.grow(0, 33)
+    assert cache.pool.used == 2
+    cache.clear(0, keep_tokens=16)
+    assert cache.begin(1, 1, spare_blocks=1) is None
+    assert cache.begin(1, 1) == 0

@@ -143,8 +143,9 @@ class Engine:
         taken = {other.place for other in self._rows}
         place = next(p for p in range(len(self._cache.lengths)) if p not in taken)
         keys = self._keys(row, row.feed[: row.skippable_tokens])
-        # Every row may want a block for its next token.
-        held = self._cache.begin(place, len(row.feed), keys, spare_blocks=len(self._rows))
+        # Every row that is not yet as long as it may become is left a block for its next token.
+        growing = sum(self._cache.lacks(other.place, other.limit_tokens - 1) for other in self._rows)
+        held = self._cache.begin(place, len(row.feed), keys, spare_blocks=growing)
         if held is None:
             return False
         self._prefix_hit_tokens += held

@@ -95,6 +95,10 @@ class KvCache:
             self._append(place, self._take(place))
         return True
 
+    def lacks(self, place: int, tokens: int) -> bool:
+        """Whether a place needs more blocks than it has to hold so many tokens."""
+        return self._blocks(tokens) > len(self._tables[place])
+
     def clear(self, place: int, keep_tokens: int = 0) -> None:
         """Forget a place but for its first tokens; blocks that are not remembered are free.
 
@@ -186,12 +190,18 @@ class KvCache:
     def _take(self, place: int) -> int:
         """The block that a place wants next, or another one; zero, as all that is free."""
         table = self._tables[place]
-        grant = self.pool.take(table[-1] + 1 if table else place * self.home_blocks)
+        grant = self.pool.take(table[-1] + 1 if table else self._home(place))
         if grant.moved_to is not None:
             self._copy(grant.block, grant.moved_to)
         if grant.stale:
             self._wipe([grant.block])
         return grant.block
+
+    def _home(self, place: int) -> int:
+        """Where a sequence begins: at its own home, or at another's that has not been built upon."""
+        homes = range(0, self.pool.total, self.home_blocks)
+        own = min(place * self.home_blocks, homes[-1])
+        return next((block for block in (own, *homes) if not self.pool.users(block)), own)
 
     def _own(self, place: int, block: int) -> int:
         """A block of the place's own in exchange for one that it shares."""
