@@ -43,6 +43,16 @@ class Settings:
         """The folder of registered adapters."""
         return self.home / "adapters"
 
+    @property
+    def keys(self) -> Path:
+        """The file of API keys."""
+        return self.home / "keys.json"
+
+    @property
+    def usage(self) -> Path:
+        """What keys have used."""
+        return self.home / "usage.db"
+
 
 def read_settings(environ: dict[str, str] | None = None) -> Settings:
     """Read the environment once; pass the value on."""

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tenon.cli import adapters, chat, data, doctor, judge, plans, runs, serve, train
+from tenon.cli import adapters, chat, data, doctor, judge, keys, plans, runs, serve, train
 
 app = typer.Typer(
     name="tenon",
@@ -57,3 +57,4 @@ app.command("chat")(chat.chat)
 app.command("generate")(chat.generate)
 app.command("serve")(serve.serve)
 app.add_typer(adapters.adapters_app, name="adapters")
+app.add_typer(keys.keys_app, name="keys")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -47,8 +48,7 @@ def serve(
     """
     from tenon.cli.live import make_view
     from tenon.plan.requests import ServeRequest
-    from tenon.service.serving import Serving, open_base, public_name
-    from tenon.service.training import signals_stop
+    from tenon.service.serving import Serving, open_base, public_name, stopped_by_signals
 
     session = session_of(ctx)
     cache_bytes = _parse_cache(cache)
@@ -65,15 +65,17 @@ def serve(
         queue=queue,
         drain_seconds=drain,
     )
-    if host not in _LOOPBACK:
-        session.err.print(f"whoever reaches {host} can use this server: there are no keys yet", style="yellow")
+    if host not in _LOOPBACK and not session.settings.keys.is_file():
+        text = f"whoever reaches {host} can use this server: no key is asked for; make one: tenon keys create TENANT"
+        session.err.print(text, style="yellow")
     serving = Serving(request, session.settings)
 
     def on_stop(first: bool) -> None:
-        session.err.print("stopping: what runs may finish (once more to end at once)" if first else "ended at once")
+        # In a signal handler: whatever was being printed or imported is interrupted, so nothing but a plain write.
+        os.write(2, b"stopping: what runs may finish (Ctrl-C to end at once)\n" if first else b"ended at once\n")
 
     view = make_view(session.err, quiet=as_json)
-    with signals_stop(serving.worker, on_stop):
+    with stopped_by_signals(serving, on_stop):
         events = serving.events()
         with view:
             ready = _wait_until_ready(events, view)

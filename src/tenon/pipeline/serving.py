@@ -5,6 +5,7 @@ This module does not know HTTP or how a batch is made (serve).
 
 from __future__ import annotations
 
+import socket
 from importlib import metadata
 
 from tenon.errors import PlanError
@@ -15,10 +16,13 @@ from tenon.pipeline.slot_data import Emit
 from tenon.pipeline.talking import open_engine
 from tenon.plan.requests import ServeRequest
 from tenon.registry.store import Registry
+from tenon.serve.access import Access
 from tenon.serve.engine_loop import Limits
 from tenon.serve.names import Names
 from tenon.serve.run import Options, Server, address, listen, stopped_by_signals
 from tenon.settings import Settings
+from tenon.tenants.keys import KeyStore
+from tenon.tenants.usage import UsageBook
 from tenon.units import format_bytes
 
 # Most tokens of one pass: a long prompt must not keep those who wait for their next token.
@@ -41,7 +45,18 @@ def serve(request: ServeRequest, emit: Emit, settings: Settings) -> None:
             version=metadata.version("tenonlm"),
         )
 
-        server = Server(bench.decoder, bench.bank, renderer.tokenizer, names, listening=listening, options=options)
+        # The port tells servers of one machine apart, also after a restart.
+        owner = f"{socket.gethostname()}:{listening.getsockname()[1]}"
+        access = Access(KeyStore(settings.keys), UsageBook(settings.usage, owner))
+        server = Server(
+            bench.decoder,
+            bench.bank,
+            renderer.tokenizer,
+            names,
+            listening=listening,
+            options=options,
+            access=access,
+        )
         with stopped_by_signals(server):
             server.start()
             told = {"rows": limits.rows, "context_tokens": limits.context_tokens, "slots": limits.slots}

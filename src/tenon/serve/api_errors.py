@@ -10,7 +10,14 @@ from typing import Any
 
 from tenon.errors import StopRequestedError, TenonError
 
-_TYPES = {404: "not_found_error", 413: "request_too_large", 422: "invalid_adapter_error", 429: "rate_limit_error"}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    422: "invalid_adapter_error",
+    429: "rate_limit_error",
+}
 # Errors of the package whose status is not that of their kind.
 _STATUS_OF_CODE = {
     "adapter-unknown": 404,
@@ -23,10 +30,22 @@ _STATUS_OF_CODE = {
 
 
 class ApiError(Exception):
-    """A request that is refused. message: what is wrong and what to do; param: the field that is to blame."""
+    """A request that is refused. message: what is wrong and what to do; param: the field that is to blame.
 
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
+    retry_seconds: when it may be asked again, where that is known better than by its status.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_seconds: float | None = None,
+    ) -> None:
         self.status, self.message, self.code, self.param = status, message, code, param
+        self.retry_seconds = retry_seconds
         super().__init__(message)
 
 

@@ -6,6 +6,7 @@ This module does not know how answers are made, nor how the server is started an
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 
 from fastapi import APIRouter, FastAPI
@@ -26,10 +27,12 @@ from tenon.serve.replies import Model, ModelList
 
 _ERRORS = {
     400: "The request is at fault.",
+    401: "The server asks for a key, and this one is not known.",
+    403: "The key may not ask this.",
     404: "No adapter or base has this name.",
     413: "The body is too large.",
     422: "The adapter's files are refused.",
-    429: "Too many requests wait.",
+    429: "Too many requests wait, or the key has used what it may use.",
     503: "The server is being stopped.",
 }
 # After how many seconds a client may try again.
@@ -75,14 +78,24 @@ def _model_routes(desk: Desk) -> APIRouter:
         )
 
     @router.get("/v1/models", response_model=ModelList)
-    async def list_models() -> ModelList:
-        """The base, and every registered adapter that stands on it, by name and by version."""
-        return ModelList(data=[shown(listed) for listed in await asyncio.to_thread(desk.names.list)])
+    async def list_models(request: Request) -> ModelList:
+        """The base, and every registered adapter that stands on it, by name, alias and version: those that the caller
+        may ask.
+        """
+        caller = await desk.caller(request.headers.get("authorization"))
+        found = await asyncio.to_thread(desk.names.list)
+        return ModelList(
+            data=[shown(listed) for listed in found if caller is None or caller.may_ask(desk.right(listed))]
+        )
 
     @router.get("/v1/models/{model:path}", response_model=Model)
-    async def retrieve_model(model: str) -> Model:
+    async def retrieve_model(model: str, request: Request) -> Model:
         """What a name means now."""
-        return shown(await asyncio.to_thread(desk.names.describe, model))
+        caller = await desk.caller(request.headers.get("authorization"))
+        listed = await asyncio.to_thread(desk.names.describe, model)
+        if desk.access is not None:
+            desk.access.require_right(caller, desk.right(listed))
+        return shown(listed)
 
     return router
 
@@ -113,8 +126,12 @@ def _state_routes(desk: Desk) -> APIRouter:
 
 
 def _reply(error: ApiError) -> JSONResponse:
-    retry = _RETRY_SECONDS.get(error.status)
-    headers = None if retry is None else {"Retry-After": retry}
+    retry = _RETRY_SECONDS.get(error.status) if error.code != "insufficient_quota" else None
+    if error.retry_seconds is not None:
+        retry = str(math.ceil(error.retry_seconds))
+    headers = {} if retry is None else {"Retry-After": retry}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(error), status_code=error.status, headers=headers)
 
 

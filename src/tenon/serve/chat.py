@@ -36,11 +36,12 @@ def chat_routes(desk: Desk) -> APIRouter:
     @router.post("/v1/chat/completions", response_model=ChatCompletion, tags=["answers"])
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         """The assistant's next turn, from the base or from an adapter; with `stream` as server-sent events."""
-        target = await desk.find(body.model)
+        caller = await desk.caller(request.headers.get("authorization"))
+        target = await desk.find(body.model, caller)
         messages = [message.plain() for message in body.messages]
         ids = await asyncio.to_thread(partial(target.renderer.prompt, messages, source="messages"))
         scores = Scores(body.top_logprobs or 0 if body.logprobs else None)
-        answers = ask(desk, target, [ids], body, most_tokens=body.most_tokens, scores=scores)
+        answers = await ask(desk, caller, target, [ids], body, most_tokens=body.most_tokens, scores=scores)
         reply = _Reply(new_id("chatcmpl"), now(), answers, body, desk.fingerprint)
         if body.stream:
             pieces = await unless_gone(request, answers, begun(answers))

@@ -35,11 +35,12 @@ def completion_routes(desk: Desk) -> APIRouter:
     @router.post("/v1/completions", response_model=TextCompletion, tags=["answers"])
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """What follows a text, from the base or from an adapter; with `stream` as server-sent events."""
-        target = await desk.find(body.model)
+        caller = await desk.caller(request.headers.get("authorization"))
+        target = await desk.find(body.model, caller)
         prompts = await asyncio.to_thread(_prompts, desk, target.renderer, body)
         scores = Scores(body.logprobs, prompt=body.echo and body.logprobs is not None)
         ids = [prompt.ids for prompt in prompts]
-        answers = ask(desk, target, ids, body, most_tokens=body.max_tokens, scores=scores)
+        answers = await ask(desk, caller, target, ids, body, most_tokens=body.max_tokens, scores=scores)
         reply = _Reply(new_id("cmpl"), now(), answers, body, prompts, desk.fingerprint, desk.gate.texts)
         if body.stream:
             pieces = await unless_gone(request, answers, begun(answers))

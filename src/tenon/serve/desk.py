@@ -13,21 +13,27 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from tenon.infer.requests import Request
+from tenon.serve.access import FREE, Access, Ticket
 from tenon.serve.api_errors import ApiError
 from tenon.serve.gate import Answers, Gate, Wanted
-from tenon.serve.names import Names, Target
+from tenon.serve.names import BASE, Listed, Names, Target
 from tenon.serve.protocol import ChatRequest, CompletionRequest
 from tenon.serve.said import Finish, Piece, SaidToken
+from tenon.tenants.keys import Key
 
 
 @dataclass(frozen=True, slots=True)
 class Desk:
-    """One server as the routes see it. fingerprint: of the base, in every answer. vocabulary: tokens that it knows."""
+    """One server as the routes see it. fingerprint: of the base, in every answer. vocabulary: tokens that it knows.
+
+    access: who may ask; None where nobody is asked for a key.
+    """
 
     gate: Gate
     names: Names
     fingerprint: str
     vocabulary: int
+    access: Access | None = None
 
     @property
     def context_tokens(self) -> int:
@@ -39,10 +45,27 @@ class Desk:
         if max(ids, default=0) >= self.vocabulary:
             raise ApiError(400, f"the base has {self.vocabulary:,} tokens, and an id is {max(ids)}", param="prompt")
 
-    async def find(self, name: str) -> Target:
-        """Who answers. Raises AdapterError; ApiError 503 once the server is being stopped."""
+    async def caller(self, authorization: str | None) -> Key | None:
+        """Whose request it is, from its header; None where no key is asked for. Raises ApiError 401."""
+        return None if self.access is None else await asyncio.to_thread(self.access.caller, authorization)
+
+    async def find(self, name: str, caller: Key | None) -> Target:
+        """Who answers. Raises AdapterError; ApiError 403, and 503 once the server is being stopped."""
         self.gate.require_open()
+        if self.access is not None:
+            self.access.require_right(caller, BASE if name == self.names.base else name)
         return await asyncio.to_thread(self.names.find, name)
+
+    def right(self, listed: Listed) -> str:
+        """What a key must have a right to, to ask a name."""
+        return BASE if listed.entry is None else listed.name
+
+    async def ticket(self, caller: Key | None, requests: Sequence[Request]) -> Ticket:
+        """Let the sequences of one request in, by the most that they may come to. Raises ApiError 429."""
+        if self.access is None or caller is None:
+            return FREE
+        most = sum(len(request.prompt_ids) + request.max_new_tokens for request in requests)
+        return await asyncio.to_thread(self.access.begin, caller, most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +85,9 @@ class Whole:
     finish: Finish = "length"
 
 
-def ask(
+async def ask(
     desk: Desk,
+    caller: Key | None,
     target: Target,
     prompts: Sequence[Sequence[int]],
     asked: ChatRequest | CompletionRequest,
@@ -92,7 +116,12 @@ def ask(
         )
         for prompt, sample in itertools.product(prompts, range(count))
     ]
-    return desk.gate.admit(target, requests, Wanted(asked.stops, detailed=scores.top is not None))
+    ticket = await desk.ticket(caller, requests)
+    try:
+        return desk.gate.admit(target, requests, Wanted(asked.stops, detailed=scores.top is not None), ticket)
+    except ApiError:
+        await asyncio.to_thread(ticket.end, 0)
+        raise
 
 
 async def collect(answers: Answers) -> list[Whole]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from tenon.data.tokenizer import ChatTokenizer
 from tenon.errors import StopRequestedError, TenonError
 from tenon.infer.requests import Completion, Request, Token
+from tenon.serve.access import FREE, Ticket
 from tenon.serve.api_errors import ApiError
 from tenon.serve.engine_loop import EngineLoop
 from tenon.serve.jobs import Ended, Event, Failed, Job
@@ -48,8 +49,8 @@ class Gate:
         if self.draining:
             raise ApiError(503, "the server is being stopped; ask another one, or again in a moment", code="draining")
 
-    def admit(self, target: Target, requests: Sequence[Request], wanted: Wanted) -> Answers:
-        """Have the sequences of one request made. Raises ApiError 400, 429, 503."""
+    def admit(self, target: Target, requests: Sequence[Request], wanted: Wanted, ticket: Ticket = FREE) -> Answers:
+        """Have the sequences of one request made; the ticket ends with them. Raises ApiError 400, 429, 503."""
         self.require_open()
         if len(requests) > self.most:
             raise ApiError(
@@ -57,7 +58,7 @@ class Gate:
             )
         if self.open + len(requests) > self.most:
             raise ApiError(429, "too many requests wait already; try again in a moment", code="queue_full")
-        answers = Answers(self, target, requests, wanted)
+        answers = Answers(self, target, requests, wanted, ticket)
         self._open[answers] = len(requests)
         answers.start()
         return answers
@@ -86,8 +87,8 @@ class _Box:
 class Answers:
     """The sequences of one request on their way. Use as a context manager: leaving cancels what still runs."""
 
-    def __init__(self, gate: Gate, target: Target, requests: Sequence[Request], wanted: Wanted) -> None:
-        self._gate, self.target = gate, target
+    def __init__(self, gate: Gate, target: Target, requests: Sequence[Request], wanted: Wanted, ticket: Ticket) -> None:
+        self._gate, self.target, self._ticket = gate, target, ticket
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         boxes = [_Box(index, self._queue) for index in range(len(requests))]
         self._jobs = {i: Job(request, target.adapter, boxes[i]) for i, request in enumerate(requests)}
@@ -116,6 +117,9 @@ class Answers:
         self._jobs.clear()
         if self._gate.close(self):
             self._count()
+            used = self.prompt_tokens + self.completion_tokens
+            # It may wait for a file that other servers write too.
+            asyncio.get_running_loop().run_in_executor(None, self._ticket.end, used)
 
     def abort(self, error: TenonError) -> None:
         """End with an error that whoever reads `pieces` gets."""

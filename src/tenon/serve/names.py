@@ -5,6 +5,8 @@ This module does not know the bank.
 
 from __future__ import annotations
 
+import random
+from contextlib import suppress
 from dataclasses import dataclass
 
 from tenon.adapters.asking import asked_as_trained, require_template
@@ -60,9 +62,16 @@ class Names:
         """What a name means now. Raises as `find`, but for adapter-template."""
         if name in (self.base, BASE):
             return Listed(name, self.base, None)
-        entry = self._registry.get(name)
+        entry = self._registry.get(self._version(name))
         check_base(entry, self._base_hash)
         return Listed(name, entry.label, entry)
+
+    def _version(self, name: str) -> str:
+        """The name itself, or of an alias of several versions the one that this request is dealt."""
+        target = self._registry.target(name)
+        if len(target.shares) == 1:
+            return name
+        return f"{name.partition('@')[0]}@{target.pick(random.random())}"
 
     def read(self, adapter: AdapterRef) -> AdapterFiles:
         """The files of a version, hashed and checked first. Raises AdapterError."""
@@ -78,10 +87,21 @@ class Names:
             ) from error
 
     def list(self) -> list[Listed]:
-        """The base, then each name with its newest version, then every version; damaged ones are left out."""
+        """The base, then each name with its newest version, then aliases, then every version; what is damaged is left
+        out. An alias of several versions is listed with the main one.
+        """
         entries = [
             entry for entry in self._registry.list(on_damaged=lambda _error: None) if entry.base_hash == self._base_hash
         ]
         newest = {entry.name: entry for entry in entries}  # they come in the order of their versions
         names = [Listed(name, entry.label, entry) for name, entry in newest.items() if name not in (self.base, BASE)]
-        return [Listed(self.base, self.base, None), *names, *(Listed(e.label, e.label, e) for e in entries)]
+        aliases = [listed for name in newest for listed in self._aliases(name)]
+        return [Listed(self.base, self.base, None), *names, *aliases, *(Listed(e.label, e.label, e) for e in entries)]
+
+    def _aliases(self, name: str) -> list[Listed]:
+        found = []
+        with suppress(AdapterError):
+            for alias in sorted(self._registry.aliases(name)):
+                entry = self._registry.get(f"{name}@{alias}")
+                found.append(Listed(f"{name}@{alias}", entry.label, entry))
+        return found

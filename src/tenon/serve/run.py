@@ -1,7 +1,7 @@
 """A server from its start to its end: HTTP in a thread of its own, the engine in the one that calls, and the way out.
 
-SIGTERM: nothing new is taken, what runs may finish for `drain_seconds`, then everything ends. A second one ends it at
-once. This module does not know routes, and reads no request.
+SIGTERM: nothing new is taken, what runs may finish for `drain_seconds`, then everything ends. However often it comes:
+supervisors send it to a whole group, and some of them twice. This module does not know routes, and reads no request.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tenon.adapters.bank import AdapterBank
 from tenon.data.tokenizer import ChatTokenizer
 from tenon.errors import UsageError
 from tenon.models.decoder import Decoder
+from tenon.serve.access import Access
 from tenon.serve.app import make_app
 from tenon.serve.desk import Desk
 from tenon.serve.engine_loop import EngineLoop, Limits
@@ -97,11 +98,13 @@ class Server:
         *,
         listening: socket.socket,
         options: Options,
+        access: Access | None = None,
     ) -> None:
+        """access: who may ask; None where nobody is asked for a key."""
         outlet = _Outlet()
         self.engine = EngineLoop(decoder, bank, limits=options.limits, read=names.read, deliver=outlet)
         self.gate = Gate(self.engine, tokenizer, Metrics(self.engine), most=options.limits.rows + options.queue)
-        desk = Desk(self.gate, names, options.fingerprint, decoder.facts.vocab)
+        desk = Desk(self.gate, names, options.fingerprint, decoder.facts.vocab, access)
         app = make_app(desk, version=options.version, most_body_bytes=options.most_body_bytes)
         self._http = HttpThread(app, self.gate, listening, outlet, drain_seconds=options.drain_seconds)
 
@@ -117,8 +120,12 @@ class Server:
             self._http.finish()
 
     def drain(self) -> None:
-        """Take nothing new, let what runs finish, then end; asked again, end at once. Safe in a signal handler."""
+        """Take nothing new, let what runs finish, then end. Safe in a signal handler."""
         self._http.drain()
+
+    def end(self) -> None:
+        """End at once: what runs is told so."""
+        self._http.end()
 
 
 @contextmanager
@@ -165,9 +172,13 @@ class HttpThread:
         """See `Server.drain`."""
         self._call(self._begin_drain)
 
+    def end(self) -> None:
+        """See `Server.end`."""
+        self._call(self._end)
+
     def finish(self) -> None:
         """End at once, if it has not ended yet, and wait for that. Raises what the server raised."""
-        self._call(self._end)
+        self.end()
         self._thread.shutdown()
         self._ended.result()
 
@@ -189,11 +200,9 @@ class HttpThread:
         await self._server.serve(sockets=[self._listening])
 
     def _begin_drain(self) -> None:
-        if self._gate.draining:
-            self._end()
-            return
-        self._gate.draining = True
-        self._draining = asyncio.get_running_loop().create_task(self._drain())
+        if not self._gate.draining:
+            self._gate.draining = True
+            self._draining = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
         deadline = time.monotonic() + self._drain_seconds

@@ -1,0 +1,170 @@
+"""Keys over HTTP: who is let in, what they see, and how much they may ask; aliases with their shares."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from openai import OpenAI
+
+from tenon.serve.access import Access
+from tenon.tenants.keys import KeyStore, Limits
+from tenon.tenants.usage import UsageBook
+from tests.serve.house import House, Running, serving, wait_until
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> KeyStore:
+    return KeyStore(tmp_path_factory.mktemp("keys") / "keys.json")
+
+
+@pytest.fixture(scope="module")
+def book(store: KeyStore) -> UsageBook:
+    return UsageBook(store.path.with_name("usage.db"), "test")
+
+
+@pytest.fixture(scope="module")
+def guarded(house: House, store: KeyStore, book: UsageBook) -> Iterator[Running]:
+    with serving(house, access=Access(store, book)) as started:
+        yield started
+
+
+def client_of(running: Running, key: str) -> OpenAI:
+    return OpenAI(base_url=running.url, api_key=key, max_retries=0, timeout=30)
+
+
+def test_a_server_without_keys_asks_for_none_and_with_the_first_one_it_does(house: House, tmp_path: Path) -> None:
+    store = KeyStore(tmp_path / "keys.json")
+    with serving(house, access=Access(store, UsageBook(tmp_path / "usage.db", "test"))) as running:
+        client = client_of(running, "none")
+        assert client.completions.create(model="base", prompt="the", max_tokens=1).usage
+        typed, key = store.create("acme")
+        with pytest.raises(openai.AuthenticationError) as error:
+            client.completions.create(model="base", prompt="the", max_tokens=1)
+        assert error.value.code == "invalid_api_key" and error.value.response.headers["WWW-Authenticate"] == "Bearer"
+        assert client_of(running, typed).completions.create(model="base", prompt="the", max_tokens=1).usage
+        store.revoke(key.id)
+        with pytest.raises(openai.AuthenticationError):
+            client_of(running, typed).models.list()
+        assert running.ask("/health")[0] == running.ask("/ready")[0] == 200
+        store.path.write_text("{")
+        assert running.ask("/v1/models")[0] == 503
+
+
+def test_rights_are_to_names_and_what_nobody_may_ask_is_not_listed(guarded: Running, store: KeyStore) -> None:
+    client = client_of(guarded, store.create("acme", rights=("low",))[0])
+    assert client.completions.create(model="low@1", prompt="the", max_tokens=1).model == "low@1"
+    for name in ("high", "base", "tiny", "high@1"):
+        with pytest.raises(openai.PermissionDeniedError):
+            client.completions.create(model=name, prompt="the", max_tokens=1)
+    with pytest.raises(openai.PermissionDeniedError):
+        client.models.retrieve("high")
+    assert {model.id.partition("@")[0] for model in client.models.list()} == {"low"}
+    of_base = client_of(guarded, store.create("acme", rights=("base",))[0])
+    assert [model.id for model in of_base.models.list()] == ["tiny"]
+    assert of_base.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x"}], max_tokens=1)
+
+
+def test_rates_say_when_to_come_back(guarded: Running, store: KeyStore) -> None:
+    client = client_of(guarded, store.create("acme", limits=Limits(requests_per_minute=2))[0])
+    for _ in range(2):
+        client.completions.create(model="base", prompt="the", max_tokens=1)
+    with pytest.raises(openai.RateLimitError) as error:
+        client.completions.create(model="base", prompt="the", max_tokens=1)
+    assert error.value.code == "rate_limit_exceeded" and 1 <= int(error.value.response.headers["Retry-After"]) <= 31
+
+
+def test_tokens_that_an_answer_did_not_use_are_given_back(guarded: Running, store: KeyStore, book: UsageBook) -> None:
+    typed, key = store.create("acme", limits=Limits(tokens_per_minute=100, tokens_per_month=60))
+    client = client_of(guarded, typed)
+
+    def ask(most: int) -> int:
+        found = client.completions.create(
+            model="base",
+            prompt=[5],
+            max_tokens=most,
+            stop=["e", "a", "t", "o", "n", " "],
+            extra_body={"ignore_eos": True},
+        )
+        assert found.usage is not None
+        return found.usage.total_tokens
+
+    first = ask(55)
+    assert first < 30, "a stop string came early"
+    wait_until(lambda: book.used(key.id).tokens == first and book.used(key.id).reserved_tokens == 0)
+    second = ask(25)
+    wait_until(lambda: book.used(key.id).tokens == first + second)
+    with pytest.raises(openai.RateLimitError) as error:
+        ask(59)
+    assert error.value.code == "insufficient_quota" and "Retry-After" not in error.value.response.headers
+    assert book.used(key.id).reserved_tokens == 0
+
+
+def test_what_is_refused_after_it_was_let_in_costs_nothing(guarded: Running, store: KeyStore, book: UsageBook) -> None:
+    typed, key = store.create("acme")
+    with pytest.raises(openai.BadRequestError):
+        client_of(guarded, typed).completions.create(model="base", prompt=[5], max_tokens=1, n=100)
+    assert book.used(key.id).reserved_tokens == book.used(key.id).tokens == 0
+
+
+def test_a_stream_that_is_cut_off_pays_for_what_was_said(guarded: Running, store: KeyStore, book: UsageBook) -> None:
+    typed, key = store.create("acme", limits=Limits(tokens_per_month=10_000))
+    client = client_of(guarded, typed)
+    with client.completions.create(
+        model="base", prompt=[5], max_tokens=50, stream=True, extra_body={"ignore_eos": True}
+    ) as stream:
+        next(iter(stream))
+    wait_until(lambda: book.used(key.id).requests == 1)
+    used = book.used(key.id)
+    assert used.reserved_tokens == 0 and 2 <= used.tokens <= 51
+
+
+def test_many_at_once_never_pass_a_quota(guarded: Running, store: KeyStore, book: UsageBook) -> None:
+    typed, key = store.create("acme", limits=Limits(tokens_per_month=60))
+    told: list[int] = []
+
+    def ask() -> None:
+        client = client_of(guarded, typed)
+        for _ in range(5):
+            try:
+                found = client.completions.create(
+                    model="base", prompt=[5], max_tokens=4, extra_body={"ignore_eos": True}
+                )
+                assert found.usage is not None
+                told.append(found.usage.total_tokens)
+            except openai.RateLimitError:
+                continue
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wait_until(lambda: book.used(key.id).reserved_tokens == 0)
+    assert sum(told) == book.used(key.id).tokens == 60
+
+
+def test_an_alias_answers_by_its_shares_and_moves_without_a_restart(
+    house: House, guarded: Running, store: KeyStore
+) -> None:
+    house.register("bot", rank=2, seed=3)
+    house.register("bot", rank=3, seed=4)
+    client = client_of(guarded, store.create("acme")[0])
+
+    def asked() -> str:
+        return client.completions.create(model="bot@prod", prompt="the", max_tokens=1).model
+
+    with pytest.raises(openai.NotFoundError):
+        asked()
+    house.registry.set_alias("bot@prod", {1: 1.0})
+    assert asked() == "bot@1"
+    house.registry.set_alias("bot@prod", {2: 1.0})
+    assert asked() == "bot@2"
+    assert "bot@prod" in {model.id for model in client.models.list()}
+    house.registry.set_alias("bot@prod", {1: 50.0, 2: 50.0})
+    assert {asked() for _ in range(40)} == {"bot@1", "bot@2"}
+    house.registry.roll_back("bot@prod")
+    assert {asked() for _ in range(5)} == {"bot@2"}
