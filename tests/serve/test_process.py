@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from http.client import HTTPConnection
 from typing import Any
 
+import psutil
 import pytest
 from openai import OpenAI
 
@@ -57,6 +58,10 @@ def test_a_signal_lets_what_runs_finish_and_the_exit_status_is_0(house: House, n
         answer = connection.getresponse()
         assert answer.readline().startswith(b"data: ")
         process.send_signal(number)
+        if number == signal.SIGTERM:  # as supervisors do: to every process of the group, and again
+            for child in psutil.Process(process.pid).children():
+                child.send_signal(number)
+            process.send_signal(number)
         assert read_stream(answer)[-1]["choices"][0]["finish_reason"] == "length"
         connection.close()
         assert process.wait(timeout=20) == 0

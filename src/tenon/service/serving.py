@@ -5,9 +5,11 @@ This module does not know HTTP, how answers are made, nor screens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import suppress
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 from tenon.errors import StopRequestedError
 from tenon.plan.requests import Engine, ServeRequest
@@ -60,3 +62,26 @@ class Serving:
         with suppress(StopRequestedError):
             self.worker.finish()
         self.worker.log.unlink(missing_ok=True)
+
+
+@contextmanager
+def stopped_by_signals(serving: Serving, on_stop: Callable[[bool], None]) -> Iterator[None]:
+    """SIGTERM, SIGHUP and Ctrl-C let the server finish what runs; only a second Ctrl-C ends it at once.
+
+    A second SIGTERM changes nothing: supervisors send it to a whole group, and some of them twice. on_stop: told of the
+    first stop (True), and of the end at once; called in the signal handler. Main thread only.
+    """
+
+    def handler(number: int, _frame: FrameType | None) -> None:
+        first = not serving.worker.stopping
+        if first or number == signal.SIGINT:
+            serving.worker.stop()
+            on_stop(first)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
