@@ -26,6 +26,7 @@ from tenon.pipeline.engine import load_workbench
 from tenon.plan.values import BasePlan
 from tenon.registry.entry import Entry, EntryDraft
 from tenon.registry.store import Registry
+from tenon.serve.access import Access
 from tenon.serve.engine_loop import Limits
 from tenon.serve.names import Names
 from tenon.serve.run import Options, Server, address, listen
@@ -145,7 +146,8 @@ def make_house(root: Path) -> House:
 
 @contextmanager
 def serving(house: House, **changes: Any) -> Iterator[Running]:
-    """A server over the house. changes: rows, slots, cache_bytes, queue, most_body_bytes, drain_seconds."""
+    """A server over the house. changes: rows, slots, cache_bytes, queue, most_body_bytes, drain_seconds, access."""
+    access: Access | None = changes.pop("access", None)
     rows, slots = changes.pop("rows", 4), changes.pop("slots", 2)
     cache_bytes = changes.pop("cache_bytes", 1 << 24)
     limits = Limits(rows, CONTEXT, cache_bytes, pass_tokens=64, slots=slots)
@@ -155,7 +157,8 @@ def serving(house: House, **changes: Any) -> Iterator[Running]:
     with listen("127.0.0.1", 0) as listening:
         host, _, port = address(listening).removeprefix("http://").partition(":")
         options = Options(limits=limits, fingerprint="fp", version="0", **fields)
-        server = Server(house.decoder, bank, house.renderer.tokenizer, names, listening=listening, options=options)
+        tokenizer = house.renderer.tokenizer
+        server = Server(house.decoder, bank, tokenizer, names, listening=listening, options=options, access=access)
         server.start()
         worker = threading.Thread(target=server.work)
         worker.start()

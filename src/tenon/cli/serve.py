@@ -65,8 +65,9 @@ def serve(
         queue=queue,
         drain_seconds=drain,
     )
-    if host not in _LOOPBACK:
-        session.err.print(f"whoever reaches {host} can use this server: there are no keys yet", style="yellow")
+    if host not in _LOOPBACK and not session.settings.keys.is_file():
+        text = f"whoever reaches {host} can use this server: no key is asked for; make one: tenon keys create TENANT"
+        session.err.print(text, style="yellow")
     serving = Serving(request, session.settings)
 
     def on_stop(first: bool) -> None:

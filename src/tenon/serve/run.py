@@ -24,6 +24,7 @@ from tenon.adapters.bank import AdapterBank
 from tenon.data.tokenizer import ChatTokenizer
 from tenon.errors import UsageError
 from tenon.models.decoder import Decoder
+from tenon.serve.access import Access
 from tenon.serve.app import make_app
 from tenon.serve.desk import Desk
 from tenon.serve.engine_loop import EngineLoop, Limits
@@ -97,11 +98,13 @@ class Server:
         *,
         listening: socket.socket,
         options: Options,
+        access: Access | None = None,
     ) -> None:
+        """access: who may ask; None where nobody is asked for a key."""
         outlet = _Outlet()
         self.engine = EngineLoop(decoder, bank, limits=options.limits, read=names.read, deliver=outlet)
         self.gate = Gate(self.engine, tokenizer, Metrics(self.engine), most=options.limits.rows + options.queue)
-        desk = Desk(self.gate, names, options.fingerprint, decoder.facts.vocab)
+        desk = Desk(self.gate, names, options.fingerprint, decoder.facts.vocab, access)
         app = make_app(desk, version=options.version, most_body_bytes=options.most_body_bytes)
         self._http = HttpThread(app, self.gate, listening, outlet, drain_seconds=options.drain_seconds)
 
