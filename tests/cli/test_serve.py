@@ -25,7 +25,7 @@ def test_it_prints_the_address_and_a_command_to_try(workplace: Path, fake_settin
     assert process.returncode == 0
     assert first == "smollm2-135m at http://0.0.0.0:8123: 16 sequences of 4,096 tokens, 8 adapters at a time\n"
     assert second.startswith("curl http://0.0.0.0:8123/v1/chat/completions") and '"model": "smollm2-135m"' in second
-    assert "there are no keys yet" in err and "stopping" in err
+    assert "no key is asked for" in err and "stopping" in err
 
 
 def test_what_cannot_be_served_is_said(tenon: Command) -> None:
