@@ -168,3 +168,15 @@ def test_an_alias_answers_by_its_shares_and_moves_without_a_restart(
     assert {asked() for _ in range(40)} == {"bot@1", "bot@2"}
     house.registry.roll_back("bot@prod")
     assert {asked() for _ in range(5)} == {"bot@2"}
+
+
+def test_no_tenant_is_answered_from_what_is_remembered_of_another(guarded: Running, store: KeyStore) -> None:
+    prompt = "the weather at the lake, and the leather that they saw together when the others were there"
+
+    def hits(tenant: str) -> int:
+        before = guarded.server.engine.load.prefix_hit_tokens
+        client_of(guarded, store.create(tenant)[0]).completions.create(model="low", prompt=prompt, max_tokens=1)
+        return guarded.server.engine.load.prefix_hit_tokens - before
+
+    assert hits("asks-first") == 0 and hits("asks-first") > 0
+    assert hits("asks-too") == 0

@@ -113,6 +113,8 @@ async def ask(
             seed=seed + sample,
             top_logprobs=scores.top or 0,
             prompt_logprobs=scores.prompt,
+            # How fast a prompt is read would tell one tenant what another one asked.
+            salt="" if caller is None else caller.tenant,
         )
         for prompt, sample in itertools.product(prompts, range(count))
     ]
