@@ -70,7 +70,7 @@ def random_decoder() -> Decoder:
 
 
 def measure(decoder: Decoder, prompt_tokens: int) -> list[Row]:
-    """Prompts from half of prompt_tokens up to all of them."""
+    """Prompts from half of prompt_tokens up to all of them; contexts are as long when decoding begins."""
     longest = prompt_tokens + 2 * STEPS
     layouts = {"contiguous": (KvCache, longest)}
     layouts |= {f"blocks of {n}": (KvCache, n) for n in (16, 32)}
@@ -86,7 +86,7 @@ def measure(decoder: Decoder, prompt_tokens: int) -> list[Row]:
             engine.step()
             seconds[name].append(time.perf_counter() - start)
     speeds = {name: SEQUENCES / statistics.median(times) for name, times in seconds.items()}
-    about = f"prompts of about {prompt_tokens * 3 // 4} tokens"
+    about = f"contexts of about {prompt_tokens * 3 // 4} tokens"
     rows = [Row(f"{about}, {name}", speed, "tokens/s") for name, speed in speeds.items()]
     ratio = speeds["blocks of 16"] / speeds["contiguous"]
     return [*rows, at_least(f"{about}, blocks of 16 against contiguous", ratio, "times", 0.97)]
