@@ -139,15 +139,8 @@ class Registry:
         """
         name, alias = self._alias_of(spec)
         target = new_target(shares, shadow)
-        folder = self._adapter_folder(name)
-        with _locked(folder):
-            for version in sorted(target.versions):
-                self._resolve(f"{name}@{version}")
-            aliases = read_aliases(folder)
-            known = aliases.get(alias)
-            aliases[alias] = Alias(target=target) if known is None else known.moved(target)
-            write_aliases(folder, aliases)
-        return aliases[alias]
+        with _locked(self._adapter_folder(name)):
+            return self._move(name, alias, target)
 
     def roll_back(self, spec: str) -> Alias:
         """Let `NAME@ALIAS` stand for what it stood for before.
@@ -155,23 +148,23 @@ class Registry:
         Raises AdapterError adapter-alias-unknown, adapter-no-way-back; adapter-unknown for a version removed since.
         """
         name, alias = self._alias_of(spec)
-        known = self._known_alias(name, alias)
-        if not known.before:
-            raise AdapterError(
-                "adapter-no-way-back",
-                f"{name}@{alias} never stood for anything else",
-                got=known.target.describe(),
-                hint=f"move it: tenon adapters alias {name}@{alias} VERSION",
-            )
-        last = known.before[0]
-        return self.set_alias(spec, last.shares, last.shadow)
+        with _locked(self._adapter_folder(name)):
+            known = self._known_alias(name, alias)
+            if not known.before:
+                raise AdapterError(
+                    "adapter-no-way-back",
+                    f"{name}@{alias} never stood for anything else",
+                    got=known.target.describe(),
+                    hint=f"move it: tenon adapters alias {name}@{alias} VERSION",
+                )
+            return self._move(name, alias, new_target(known.before[0].shares, known.before[0].shadow))
 
     def remove_alias(self, spec: str) -> None:
         """Forget `NAME@ALIAS`. Raises AdapterError adapter-alias-unknown."""
         name, alias = self._alias_of(spec)
         folder = self._adapter_folder(name)
-        self._known_alias(name, alias)
         with _locked(folder):
+            self._known_alias(name, alias)
             write_aliases(folder, {other: kept for other, kept in read_aliases(folder).items() if other != alias})
 
     def verify(self, spec: str) -> Entry:
@@ -250,6 +243,15 @@ class Registry:
                 hint=f"leave the version out for the newest, {name}@{versions[-1]}",
             )
         return name, int(version) if version else versions[-1]
+
+    def _move(self, name: str, alias: str, target: Target) -> Alias:
+        """Let an alias stand for versions that exist; whoever asks holds the lock."""
+        for version in sorted(target.versions):
+            self._resolve(f"{name}@{version}")
+        aliases = self.aliases(name)
+        aliases[alias] = aliases[alias].moved(target) if alias in aliases else Alias(target=target)
+        write_aliases(self._adapter_folder(name), aliases)
+        return aliases[alias]
 
     def _alias_of(self, spec: str) -> tuple[str, str]:
         """The name, one that exists, and the alias of `NAME@ALIAS`."""
