@@ -86,6 +86,7 @@ def test_tokens_that_an_answer_did_not_use_are_given_back(guarded: Running, stor
             model="base",
             prompt=[5],
             max_tokens=most,
+            seed=1,
             stop=["e", "a", "t", "o", "n", " "],
             extra_body={"ignore_eos": True},
         )

@@ -13,7 +13,7 @@ in dk), so it is never asked for. Rows of one length have a plan of their own, w
 Sources: Dao, 2023 (FlashAttention-2); cuDNN's documentation of scaled dot-product attention. Needs the package
 nvidia-cudnn-frontend; where it cannot be used, `missing` and `Groups` have the reason for whoever goes on without.
 The plain form is `models.attention.packed_attention`.
-Shape legend: T tokens, H query heads, K key/value heads, E head dimension, N rows, S tokens of a row, C = H + 2 K.
+Shape legend: T tokens, H query heads, K key/value heads, E head dimension, N rows, S tokens of a row.
 """
 
 from __future__ import annotations

@@ -117,6 +117,8 @@ class Answers:
         self._jobs.clear()
         if self._gate.close(self):
             self._count()
+            if self._ticket is FREE:
+                return
             used = self.prompt_tokens + self.completion_tokens
             # It may wait for a file that other servers write too.
             asyncio.get_running_loop().run_in_executor(None, self._ticket.end, used)

@@ -101,9 +101,8 @@ class UsageBook:
 
     def close(self) -> None:
         """This thread asks no more."""
-        connection = getattr(self._local, "connection", None)
-        if connection is not None:
-            connection.close()
+        if hasattr(self._local, "connection"):
+            self._local.connection.close()
             del self._local.connection
 
     def _used(self, connection: sqlite3.Connection, key: str, month: str) -> Used:
