@@ -27,7 +27,7 @@ from tenon.plan.values import BasePlan
 from tenon.registry.entry import Entry, EntryDraft
 from tenon.registry.store import Registry
 from tenon.serve.access import Access
-from tenon.serve.engine_loop import Limits
+from tenon.serve.jobs import Limits
 from tenon.serve.names import Names
 from tenon.serve.run import Options, Server, address, listen
 from tenon.service.bases import describe_base

@@ -17,7 +17,7 @@ from tenon.pipeline.talking import open_engine
 from tenon.plan.requests import ServeRequest
 from tenon.registry.store import Registry
 from tenon.serve.access import Access
-from tenon.serve.engine_loop import Limits
+from tenon.serve.jobs import Limits
 from tenon.serve.names import Names
 from tenon.serve.run import Options, Server, address, listen, stopped_by_signals
 from tenon.settings import Settings

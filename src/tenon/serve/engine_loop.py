@@ -19,38 +19,8 @@ from tenon.infer.engine import Engine
 from tenon.infer.requests import Completion, Token
 from tenon.models.cache import KvCache
 from tenon.models.decoder import Decoder
-from tenon.serve.jobs import Deliver, Ended, Event, Failed, Job, Mailbox
+from tenon.serve.jobs import Deliver, Ended, Event, Failed, Job, Limits, Load, Mailbox
 from tenon.serve.residency import ReadFiles, Residency
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """rows: sequences at a time. context_tokens: longest sequence, prompt and answer together. cache_bytes: keys and
-    values of all sequences, and of beginnings that are remembered. pass_tokens: most tokens of one pass. slots:
-    adapters in the bank at a time.
-    """
-
-    rows: int
-    context_tokens: int
-    cache_bytes: int
-    pass_tokens: int
-    slots: int
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """How busy the engine is: sequences that have a place, that wait for one, and that wait for their adapter.
-
-    cache_used: share of the cache that sequences hold. prefix_hit_tokens: tokens of prompts that were not computed
-    again, since the start; preemptions: how often a sequence gave up its place when the cache was full.
-    """
-
-    running: int = 0
-    waiting: int = 0
-    parked: int = 0
-    cache_used: float = 0.0
-    prefix_hit_tokens: int = 0
-    preemptions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +29,7 @@ class _Cancel:
 
 
 class EngineLoop:
-    """Runs jobs until it is stopped. All but `run` may be called from any thread."""
+    """An `Engines` of one engine, in this process."""
 
     def __init__(
         self, decoder: Decoder, bank: AdapterBank, *, limits: Limits, read: ReadFiles, deliver: Deliver

@@ -15,8 +15,7 @@ from tenon.errors import StopRequestedError, TenonError
 from tenon.infer.requests import Completion, Request, Token
 from tenon.serve.access import FREE, Ticket
 from tenon.serve.api_errors import ApiError
-from tenon.serve.engine_loop import EngineLoop
-from tenon.serve.jobs import Ended, Event, Failed, Job
+from tenon.serve.jobs import Ended, Engines, Event, Failed, Job
 from tenon.serve.metrics import Metrics
 from tenon.serve.names import Target
 from tenon.serve.said import Piece, Saying, TokenTexts
@@ -33,7 +32,7 @@ class Wanted:
 class Gate:
     """Lets requests in, as many as `most` sequences at a time."""
 
-    def __init__(self, engine: EngineLoop, tokenizer: ChatTokenizer, metrics: Metrics, *, most: int) -> None:
+    def __init__(self, engine: Engines, tokenizer: ChatTokenizer, metrics: Metrics, *, most: int) -> None:
         self.engine, self.metrics, self.most = engine, metrics, most
         self.texts = TokenTexts(tokenizer)
         self.draining = False

@@ -55,3 +55,69 @@ class Job:
     request: Request
     adapter: AdapterRef | None
     mailbox: Mailbox
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """rows: sequences at a time. context_tokens: longest sequence, prompt and answer together. cache_bytes: keys and
+    values of all sequences, and of beginnings that are remembered. pass_tokens: most tokens of one pass. slots:
+    adapters in the bank at a time.
+    """
+
+    rows: int
+    context_tokens: int
+    cache_bytes: int
+    pass_tokens: int
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy the engine is: sequences that have a place, that wait for one, and that wait for their adapter.
+
+    cache_used: share of the cache that sequences hold. prefix_hit_tokens: tokens of prompts that were not computed
+    again, since the start; preemptions: how often a sequence gave up its place when the cache was full.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    parked: int = 0
+    cache_used: float = 0.0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+
+
+class Engines(Protocol):
+    """Whoever makes sequences: one engine in this process, several in processes of their own, or a foreign one.
+
+    All but `run` may be called from any thread.
+    """
+
+    limits: Limits
+    load: Load
+
+    @property
+    def resident(self) -> frozenset[str]:
+        """Keys of the adapters that are in memory."""
+        ...
+
+    @property
+    def loads(self) -> int:
+        """How often an adapter was put into memory."""
+        ...
+
+    def submit(self, job: Job) -> None:
+        """Have a sequence made; its mailbox gets the events."""
+        ...
+
+    def cancel(self, job: Job) -> None:
+        """End a job as soon as can be. Harmless when it has ended."""
+        ...
+
+    def stop(self) -> None:
+        """Let `run` return soon; what runs then is failed."""
+        ...
+
+    def run(self) -> None:
+        """Work until `stop`. Every job is told of an end in any case."""
+        ...

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from tenon.serve.engine_loop import EngineLoop
+from tenon.serve.jobs import Engines
 
 _TTFT_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -18,7 +18,7 @@ _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 class Metrics:
     """The counters of one server, in a collection of their own."""
 
-    def __init__(self, engine: EngineLoop) -> None:
+    def __init__(self, engine: Engines) -> None:
         self._collection = own = CollectorRegistry()
         self.requests = Counter("tenon_requests", "Requests answered.", ["route", "status"], registry=own)
         self.prompt_tokens = Counter("tenon_prompt_tokens", "Tokens of prompts.", ["model"], registry=own)

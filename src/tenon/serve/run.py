@@ -27,9 +27,9 @@ from tenon.models.decoder import Decoder
 from tenon.serve.access import Access
 from tenon.serve.app import make_app
 from tenon.serve.desk import Desk
-from tenon.serve.engine_loop import EngineLoop, Limits
+from tenon.serve.engine_loop import EngineLoop
 from tenon.serve.gate import Gate
-from tenon.serve.jobs import Event, Mailbox
+from tenon.serve.jobs import Event, Limits, Mailbox
 from tenon.serve.metrics import Metrics
 from tenon.serve.names import Names
 
