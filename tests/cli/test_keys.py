@@ -6,6 +6,7 @@ import json
 
 from tenon.settings import Settings
 from tenon.tenants.keys import KeyStore
+from tenon.tenants.usage import UsageBook
 
 from .conftest import Command
 
@@ -30,3 +31,37 @@ def test_bad_words_are_refused(tenon: Command) -> None:
     done = tenon("keys", "revoke", "nobody")
     assert done.status == 1 and "error[access-unknown-key]" in done.err
     assert json.loads(tenon("keys", "create", "acme", "--json").out)["key"].startswith("tn-")
+
+
+def test_listing_takes_nothing_from_a_server_that_runs(tenon: Command, fake_settings: Settings) -> None:
+    """The book is opened to be read: what a server has reserved stays reserved."""
+    key = json.loads(tenon("keys", "create", "acme", "--json").out)
+    book = UsageBook(fake_settings.usage)
+    assert book.reserve(key["account"], 100, None)
+    before = {place: place.stat().st_mtime_ns for place in fake_settings.usage.parent.glob("usage.db-owners/*")}
+    assert "acme" in tenon("keys", "list").out
+    assert book.used(key["account"]).reserved_tokens == 100
+    assert {place: place.stat().st_mtime_ns for place in fake_settings.usage.parent.glob("usage.db-owners/*")} == before
+
+
+def test_keys_expire_are_rotated_and_say_what_they_used(tenon: Command, fake_settings: Settings) -> None:
+    made = json.loads(tenon("keys", "create", "acme", "--expires", "90d", "--concurrent", "3", "--json").out)
+    assert made["expires"] - made["created"] == 90 * 86_400 and made["limits"]["concurrent_requests"] == 3
+    heir = json.loads(tenon("keys", "rotate", made["id"], "--grace", "1h", "--json").out)
+    assert heir["account"] == made["id"] and heir["key"] != made["key"]
+    store, book = KeyStore(fake_settings.keys), UsageBook(fake_settings.usage)
+    assert store.find(made["key"]).tenant == store.find(heir["key"]).tenant == "acme"
+    reservation = book.reserve(made["account"], 10, None)
+    assert reservation is not None
+    book.settle(reservation, 7)
+    book.see(heir["id"])
+    (month,) = json.loads(tenon("keys", "usage", heir["id"], "--json").out)
+    assert month["tokens"] == 7 and "7 tokens, 1 requests" in tenon("keys", "usage", made["id"]).out
+    rows = {row["id"]: row for row in json.loads(tenon("keys", "list", "--json").out)}
+    assert rows[heir["id"]]["last_used"] and rows[made["id"]]["last_used"] is None
+    assert "3 at a time; until" in tenon("keys", "list").out
+    done = tenon("keys", "create", "acme", "--expires", "soon")
+    assert done.status == 1 and "error[access-bad-key]" in done.err
+    manages = json.loads(tenon("keys", "create", "ops", "--manage", "--json").out)
+    assert store.find(manages["key"], "management").tenant == "ops" and "management" in tenon("keys", "list").out
+    assert tenon("keys", "rotate", "nobody").status == 1

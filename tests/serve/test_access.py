@@ -12,7 +12,7 @@ from openai import OpenAI
 
 from tenon.serve.access import Access
 from tenon.tenants.keys import KeyStore, Limits
-from tenon.tenants.usage import UsageBook
+from tenon.tenants.usage import UsageBook, Used
 from tests.serve.house import House, Running, serving, wait_until
 
 
@@ -23,7 +23,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> KeyStore:
 
 @pytest.fixture(scope="module")
 def book(store: KeyStore) -> UsageBook:
-    return UsageBook(store.path.with_name("usage.db"), "test")
+    return UsageBook(store.path.with_name("usage.db"))
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,19 @@ def client_of(running: Running, key: str) -> OpenAI:
     return OpenAI(base_url=running.url, api_key=key, max_retries=0, timeout=30)
 
 
+def test_a_key_of_the_management_api_opens_nothing_here_and_asks_nobody_for_one(house: House, tmp_path: Path) -> None:
+    store = KeyStore(tmp_path / "keys.json")
+    typed, _ = store.create("ops", purpose="management")
+    with serving(house, access=Access(store, UsageBook(tmp_path / "usage.db"))) as running:
+        assert running.ask("/v1/models")[0] == 200
+        store.create("acme")
+        with pytest.raises(openai.AuthenticationError):
+            client_of(running, typed).models.list()
+
+
 def test_a_server_without_keys_asks_for_none_and_with_the_first_one_it_does(house: House, tmp_path: Path) -> None:
     store = KeyStore(tmp_path / "keys.json")
-    with serving(house, access=Access(store, UsageBook(tmp_path / "usage.db", "test"))) as running:
+    with serving(house, access=Access(store, UsageBook(tmp_path / "usage.db"))) as running:
         client = client_of(running, "none")
         assert client.completions.create(model="base", prompt="the", max_tokens=1).usage
         typed, key = store.create("acme")
@@ -104,11 +114,38 @@ def test_tokens_that_an_answer_did_not_use_are_given_back(guarded: Running, stor
     assert book.used(key.id).reserved_tokens == 0
 
 
+def test_an_account_has_so_many_requests_at_a_time(guarded: Running, store: KeyStore) -> None:
+    typed, key = store.create("acme", limits=Limits(concurrent_requests=2))
+    other, _ = store.rotate(key.id, grace_seconds=60.0)
+    client, heir = client_of(guarded, typed), client_of(guarded, other)
+    long = {"ignore_eos": True}
+    held = [
+        each.completions.create(model="base", prompt="the", max_tokens=200, stream=True, extra_body=long)
+        for each in (client, heir)
+    ]
+    with pytest.raises(openai.RateLimitError) as error:
+        client.completions.create(model="base", prompt="the", max_tokens=1)
+    assert error.value.code == "too_many_at_once" and error.value.response.headers["Retry-After"]
+    assert client_of(guarded, store.create("other")[0]).completions.create(model="base", prompt="x", max_tokens=1)
+    held[0].close()
+    wait_until(lambda: guarded.server.gate.open == 1)
+    list(held[1])
+    for _ in range(20):  # one after the other is never too many
+        list(client.completions.create(model="base", prompt="the", max_tokens=2, stream=True))
+
+
+def test_what_has_just_ended_is_given_back_before_the_next_is_refused(guarded: Running, store: KeyStore) -> None:
+    client = client_of(guarded, store.create("acme", limits=Limits(tokens_per_month=450))[0])
+    for _ in range(10):
+        # Two reservations of 241 tokens do not fit, so each needs what the one before did not use.
+        client.completions.create(model="base", prompt=[5], max_tokens=240, stop=["e", "a", "t", "o", "n", " "])
+
+
 def test_what_is_refused_after_it_was_let_in_costs_nothing(guarded: Running, store: KeyStore, book: UsageBook) -> None:
     typed, key = store.create("acme")
     with pytest.raises(openai.BadRequestError):
         client_of(guarded, typed).completions.create(model="base", prompt=[5], max_tokens=1, n=100)
-    assert book.used(key.id).reserved_tokens == book.used(key.id).tokens == 0
+    wait_until(lambda: book.used(key.id) == Used())
 
 
 def test_a_stream_that_is_cut_off_pays_for_what_was_said(guarded: Running, store: KeyStore, book: UsageBook) -> None:

@@ -66,6 +66,42 @@ def test_a_running_server_sees_new_and_revoked_keys(store: KeyStore) -> None:
     assert error.value.code == "access-unknown-key"
 
 
+def test_a_key_expires(tmp_path: Path) -> None:
+    now = [1000.0]
+    store = KeyStore(tmp_path / "keys.json", clock=lambda: now[0])
+    typed, key = store.create("acme", lasts_seconds=60.0)
+    assert key.expires == 1060.0
+    now[0] = 1059.0
+    assert store.find(typed).id == key.id
+    now[0] = 1060.0
+    denied(store, typed)
+    for wrong in (0.0, -1.0, float("nan"), float("inf"), 1e12):
+        with pytest.raises(AccessError, match="access-bad-key"):
+            store.create("acme", lasts_seconds=wrong)
+
+
+def test_a_rotated_key_and_its_heir_are_one_account_and_both_valid_for_a_while(tmp_path: Path) -> None:
+    now = [1000.0]
+    store = KeyStore(tmp_path / "keys.json", clock=lambda: now[0])
+    old_typed, old = store.create("acme", rights=("low",), limits=Limits(tokens_per_month=5), lasts_seconds=500.0)
+    now[0] = 1100.0
+    typed, key = store.rotate(old.id, grace_seconds=60.0)
+    assert (key.account, key.tenant, key.rights, key.limits) == (old.account, "acme", ("low",), old.limits)
+    assert key.id != old.id and key.expires == 1600.0
+    assert store.find(typed).id == key.id and store.find(old_typed).expires == 1160.0
+    now[0] = 1160.0
+    denied(store, old_typed)
+    assert store.find(typed) == key
+    with pytest.raises(AccessError, match="access-bad-key"):
+        store.rotate(old.id, grace_seconds=60.0)
+    with pytest.raises(AccessError, match="access-unknown-key"):
+        store.rotate("ffffffff", grace_seconds=60.0)
+    store.rotate(key.id, grace_seconds=10**9)
+    assert store.get(key.id).expires == 1600.0, "a grace makes no key last longer"
+    third = store.rotate(store.create("acme")[1].id, grace_seconds=0.0)[1]
+    assert third.expires is None
+
+
 @pytest.mark.parametrize(
     ("rights", "name", "may"),
     [

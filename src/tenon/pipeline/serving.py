@@ -5,7 +5,7 @@ This module does not know HTTP or how a batch is made (serve).
 
 from __future__ import annotations
 
-import socket
+from contextlib import closing
 from importlib import metadata
 
 from tenon.errors import PlanError
@@ -45,9 +45,7 @@ def serve(request: ServeRequest, emit: Emit, settings: Settings) -> None:
             version=metadata.version("tenonlm"),
         )
 
-        # The port tells servers of one machine apart, also after a restart.
-        owner = f"{socket.gethostname()}:{listening.getsockname()[1]}"
-        access = Access(KeyStore(settings.keys), UsageBook(settings.usage, owner))
+        access = Access(KeyStore(settings.keys), UsageBook(settings.usage))
         server = Server(
             bench.decoder,
             bench.bank,
@@ -57,7 +55,7 @@ def serve(request: ServeRequest, emit: Emit, settings: Settings) -> None:
             options=options,
             access=access,
         )
-        with stopped_by_signals(server):
+        with closing(access), stopped_by_signals(server):
             server.start()
             told = {"rows": limits.rows, "context_tokens": limits.context_tokens, "slots": limits.slots}
             emit("ready", url=address(listening), name=request.name, **told)

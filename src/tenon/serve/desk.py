@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from tenon.infer.requests import Request
-from tenon.serve.access import FREE, Access, Ticket
+from tenon.serve.access import Access, Ticket
 from tenon.serve.api_errors import ApiError
 from tenon.serve.gate import Answers, Gate, Wanted
 from tenon.serve.names import BASE, Listed, Names, Target
@@ -60,10 +60,13 @@ class Desk:
         """What a key must have a right to, to ask a name."""
         return BASE if listed.entry is None else listed.name
 
-    async def ticket(self, caller: Key | None, requests: Sequence[Request]) -> Ticket:
-        """Let the sequences of one request in, by the most that they may come to. Raises ApiError 429."""
+    async def ticket(self, caller: Key | None, requests: Sequence[Request]) -> Ticket | None:
+        """Let the sequences of one request in, by the most that they may come to; None where nobody is counted.
+
+        Raises ApiError 429.
+        """
         if self.access is None or caller is None:
-            return FREE
+            return None
         most = sum(len(request.prompt_ids) + request.max_new_tokens for request in requests)
         return await asyncio.to_thread(self.access.begin, caller, most)
 
@@ -122,7 +125,8 @@ async def ask(
     try:
         return desk.gate.admit(target, requests, Wanted(asked.stops, detailed=scores.top is not None), ticket)
     except ApiError:
-        await asyncio.to_thread(ticket.end, 0)
+        if ticket is not None:
+            ticket.end(0)
         raise
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tenon.data.tokenizer import ChatTokenizer
 from tenon.errors import StopRequestedError, TenonError
 from tenon.infer.requests import Completion, Request, Token
-from tenon.serve.access import FREE, Ticket
+from tenon.serve.access import Ticket
 from tenon.serve.api_errors import ApiError
 from tenon.serve.jobs import Ended, Engines, Event, Failed, Job
 from tenon.serve.metrics import Metrics
@@ -48,7 +48,7 @@ class Gate:
         if self.draining:
             raise ApiError(503, "the server is being stopped; ask another one, or again in a moment", code="draining")
 
-    def admit(self, target: Target, requests: Sequence[Request], wanted: Wanted, ticket: Ticket = FREE) -> Answers:
+    def admit(self, target: Target, requests: Sequence[Request], wanted: Wanted, ticket: Ticket | None) -> Answers:
         """Have the sequences of one request made; the ticket ends with them. Raises ApiError 400, 429, 503."""
         self.require_open()
         if len(requests) > self.most:
@@ -86,7 +86,9 @@ class _Box:
 class Answers:
     """The sequences of one request on their way. Use as a context manager: leaving cancels what still runs."""
 
-    def __init__(self, gate: Gate, target: Target, requests: Sequence[Request], wanted: Wanted, ticket: Ticket) -> None:
+    def __init__(
+        self, gate: Gate, target: Target, requests: Sequence[Request], wanted: Wanted, ticket: Ticket | None
+    ) -> None:
         self._gate, self.target, self._ticket = gate, target, ticket
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         boxes = [_Box(index, self._queue) for index in range(len(requests))]
@@ -116,11 +118,8 @@ class Answers:
         self._jobs.clear()
         if self._gate.close(self):
             self._count()
-            if self._ticket is FREE:
-                return
-            used = self.prompt_tokens + self.completion_tokens
-            # It may wait for a file that other servers write too.
-            asyncio.get_running_loop().run_in_executor(None, self._ticket.end, used)
+            if self._ticket is not None:
+                self._ticket.end(self.prompt_tokens + self.completion_tokens)
 
     def abort(self, error: TenonError) -> None:
         """End with an error that whoever reads `pieces` gets."""
