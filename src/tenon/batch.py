@@ -7,9 +7,12 @@ No padding anywhere. Rows of the same slot are neighbours. This module does not 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:  # whoever asks for tokens, and computes none, does without torch
+    from torch import Tensor
 
 IGNORE = -100
 NO_SLOT = -1

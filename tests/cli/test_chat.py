@@ -18,10 +18,10 @@ from rich.console import Console
 
 from tenon.cli.chat_loop import Chat, Names, write_token
 from tenon.plan.requests import Message, Sampling, Subject
+from tenon.processes import Event
 from tenon.registry.entry import EntryDraft
 from tenon.registry.store import Registry
 from tenon.service.bases import describe_base
-from tenon.service.worker_process import Event
 from tenon.settings import Settings, child_environment
 
 from ..registry.samples import write_adapter

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tenon.processes import Worker
 from tenon.runs.status import RunState, status
-from tenon.service.worker_process import Worker
 from tenon.settings import Settings, read_settings
 
 from .conftest import Command, write_recipe

@@ -27,7 +27,9 @@ from tenon.plan.values import BasePlan
 from tenon.registry.entry import Entry, EntryDraft
 from tenon.registry.store import Registry
 from tenon.serve.access import Access
-from tenon.serve.jobs import Limits
+from tenon.serve.adapter_files import AdapterReader
+from tenon.serve.engine_loop import EngineLoop
+from tenon.serve.jobs import Deliver, Limits
 from tenon.serve.names import Names
 from tenon.serve.run import Options, Server, address, listen
 from tenon.service.bases import describe_base
@@ -156,9 +158,14 @@ def serving(house: House, **changes: Any) -> Iterator[Running]:
     names = Names(house.registry, house.renderer, base="tiny", base_hash=house.base.base_hash)
     with listen("127.0.0.1", 0) as listening:
         host, _, port = address(listening).removeprefix("http://").partition(":")
-        options = Options(limits=limits, fingerprint="fp", version="0", **fields)
+        options = Options(fingerprint="fp", vocabulary=house.base.facts.vocab, version="0", **fields)
         tokenizer = house.renderer.tokenizer
-        server = Server(house.decoder, bank, tokenizer, names, listening=listening, options=options, access=access)
+
+        def make_engine(deliver: Deliver) -> EngineLoop:
+            read = AdapterReader(house.registry)
+            return EngineLoop(house.decoder, bank, limits=limits, read=read, deliver=deliver)
+
+        server = Server(make_engine, tokenizer, names, listening=listening, options=options, access=access)
         server.start()
         worker = threading.Thread(target=server.work)
         worker.start()

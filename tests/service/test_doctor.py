@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tenon.processes import Event
 from tenon.service.doctor import DoctorReport, examine
-from tenon.service.worker_process import Event
 from tenon.settings import Settings
 
 

@@ -19,7 +19,7 @@ from rich.text import Text
 from tenon.cli.failures import show_error
 from tenon.errors import TenonError
 from tenon.plan.requests import Message, Sampling, Subject
-from tenon.service.worker_process import Event
+from tenon.processes import Event
 
 HELP = (
     ("/adapter NAME", "answer with this adapter from now on; `none` is the bare base"),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tenon.cli.live import View
-    from tenon.service.worker_process import Event
+    from tenon.processes import Event
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

@@ -17,7 +17,9 @@ from tenon.pipeline.talking import open_engine
 from tenon.plan.requests import ServeRequest
 from tenon.registry.store import Registry
 from tenon.serve.access import Access
-from tenon.serve.jobs import Limits
+from tenon.serve.adapter_files import AdapterReader
+from tenon.serve.engine_loop import EngineLoop
+from tenon.serve.jobs import Deliver, Limits
 from tenon.serve.names import Names
 from tenon.serve.run import Options, Server, address, listen, stopped_by_signals
 from tenon.settings import Settings
@@ -35,26 +37,23 @@ def serve(request: ServeRequest, emit: Emit, settings: Settings) -> None:
     with listening:
         bench, renderer = open_engine(request.engine, settings, emit)
         limits = cache_limits(request, bench.decoder)
-        names = Names(Registry(settings.registry), renderer, base=request.name, base_hash=request.engine.base.base_hash)
+        registry = Registry(settings.registry)
+        names = Names(registry, renderer, base=request.name, base_hash=request.engine.base.base_hash)
         options = Options(
-            limits=limits,
             queue=request.queue,
             most_body_bytes=request.most_body_bytes,
             drain_seconds=request.drain_seconds,
             fingerprint=request.engine.base.base_hash[:12],
+            vocabulary=bench.decoder.facts.vocab,
             version=metadata.version("tenonlm"),
         )
 
         access = Access(KeyStore(settings.keys), UsageBook(settings.usage))
-        server = Server(
-            bench.decoder,
-            bench.bank,
-            renderer.tokenizer,
-            names,
-            listening=listening,
-            options=options,
-            access=access,
-        )
+
+        def make_engine(deliver: Deliver) -> EngineLoop:
+            return EngineLoop(bench.decoder, bench.bank, limits=limits, read=AdapterReader(registry), deliver=deliver)
+
+        server = Server(make_engine, renderer.tokenizer, names, listening=listening, options=options, access=access)
         with closing(access), stopped_by_signals(server):
             server.start()
             told = {"rows": limits.rows, "context_tokens": limits.context_tokens, "slots": limits.slots}

@@ -2,7 +2,7 @@
 
 The light side resolves names (runs, adapters, bases) before it asks: a request holds folders and hashes, never names
 that still have to be looked up. Each class docstring lists the events that answer it. This module does not know how
-requests travel (service.worker_process) nor how they are answered (pipeline).
+requests travel (processes) nor how they are answered (pipeline).
 
 Every event is one JSON object with its `kind`; besides those listed, `phase` {name, detail}, `progress` {what, done,
 total}, `warning` {code, text} and `finished` {} may come with any work; `error` {code, what, got, hint} ends it.

@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from tenon.adapters.asking import asked_as_trained, require_template
-from tenon.adapters.peft_files import AdapterFiles, read_adapter
 from tenon.data.render import Renderer
 from tenon.errors import AdapterError
 from tenon.registry.entry import Entry, check_base
@@ -72,19 +71,6 @@ class Names:
         if len(target.shares) == 1:
             return name
         return f"{name.partition('@')[0]}@{target.pick(random.random())}"
-
-    def read(self, adapter: AdapterRef) -> AdapterFiles:
-        """The files of a version, hashed and checked first. Raises AdapterError."""
-        entry = self._registry.verify(adapter.label)
-        try:
-            return read_adapter(self._registry.folder(entry))
-        except OSError as error:
-            raise AdapterError(
-                "adapter-damaged",
-                f"{adapter.label}: its files went away while they were read",
-                got=str(error.strerror),
-                hint="use another version",
-            ) from error
 
     def list(self) -> list[Listed]:
         """The base, then each name with its newest version, then aliases, then every version; what is damaged is left

@@ -20,16 +20,13 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from tenon.adapters.bank import AdapterBank
 from tenon.data.tokenizer import ChatTokenizer
 from tenon.errors import UsageError
-from tenon.models.decoder import Decoder
 from tenon.serve.access import Access
 from tenon.serve.app import make_app
 from tenon.serve.desk import Desk
-from tenon.serve.engine_loop import EngineLoop
 from tenon.serve.gate import Gate
-from tenon.serve.jobs import Event, Limits, Mailbox
+from tenon.serve.jobs import Deliver, Engines, Event, Mailbox
 from tenon.serve.metrics import Metrics
 from tenon.serve.names import Names
 
@@ -40,13 +37,13 @@ _LAST_WRITES_SECONDS = 5
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """limits: of the engine. queue: sequences that may wait besides those that run. fingerprint: of the base."""
+    """queue: sequences that may wait besides those that run. fingerprint: of the base. vocabulary: its tokens."""
 
-    limits: Limits
     queue: int
     most_body_bytes: int
     drain_seconds: float
     fingerprint: str
+    vocabulary: int
     version: str
 
 
@@ -91,8 +88,7 @@ class Server:
 
     def __init__(
         self,
-        decoder: Decoder,
-        bank: AdapterBank,
+        make_engines: Callable[[Deliver], Engines],
         tokenizer: ChatTokenizer,
         names: Names,
         *,
@@ -100,11 +96,13 @@ class Server:
         options: Options,
         access: Access | None = None,
     ) -> None:
-        """access: who may ask; None where nobody is asked for a key."""
+        """make_engines: whoever makes the sequences, given where the events go. access: who may ask; None where nobody
+        is asked for a key.
+        """
         outlet = _Outlet()
-        self.engine = EngineLoop(decoder, bank, limits=options.limits, read=names.read, deliver=outlet)
-        self.gate = Gate(self.engine, tokenizer, Metrics(self.engine), most=options.limits.rows + options.queue)
-        desk = Desk(self.gate, names, options.fingerprint, decoder.facts.vocab, access)
+        self.engine = make_engines(outlet)
+        self.gate = Gate(self.engine, tokenizer, Metrics(self.engine), most=self.engine.limits.rows + options.queue)
+        desk = Desk(self.gate, names, options.fingerprint, options.vocabulary, access)
         app = make_app(desk, version=options.version, most_body_bytes=options.most_body_bytes)
         self._http = HttpThread(app, self.gate, listening, outlet, drain_seconds=options.drain_seconds)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from tenon.plan.requests import ChatStart, ChatTurn, Engine, Message, Sampling, Subject
+from tenon.processes import Event, start_worker, worker_log
 from tenon.service.environment import require_training
-from tenon.service.worker_process import Event, start_worker, worker_log
 from tenon.settings import Settings
 
 

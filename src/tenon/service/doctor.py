@@ -13,12 +13,12 @@ from typing import Literal
 
 from tenon.errors import RunError, TenonError
 from tenon.plan.requests import CheckRequest
+from tenon.processes import Event, Worker, start_worker, worker_log
 from tenon.runs.machine import MachineRecord, record_machine
 from tenon.service.advice import Advice, advise
 from tenon.service.disk import DiskSpeed, measure_disk
 from tenon.service.environment import require_training
 from tenon.service.network import Link, hub_endpoint, measure_loopback, reach_hub
-from tenon.service.worker_process import Event, Worker, start_worker, worker_log
 from tenon.settings import Settings
 from tenon.values import Value
 

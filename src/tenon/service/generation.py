@@ -12,9 +12,9 @@ from typing import Any
 
 from tenon.errors import DataError
 from tenon.plan.requests import GenerateRequest, Message, Prompt
+from tenon.processes import Event, ask_worker
 from tenon.runs.atomic import write_file_atomic
 from tenon.service.environment import require_training
-from tenon.service.worker_process import Event, ask_worker
 from tenon.settings import Settings
 
 _ROLES = ("system", "user", "assistant", "tool")

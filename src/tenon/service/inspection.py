@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from tenon.plan.requests import InspectRequest
 from tenon.plan.values import Plan
+from tenon.processes import Event, ask_worker
 from tenon.service.environment import require_training
-from tenon.service.worker_process import Event, ask_worker
 from tenon.settings import Settings
 
 

@@ -15,11 +15,11 @@ from pydantic import ValidationError
 from tenon.errors import RunError, UsageError
 from tenon.plan.requests import EvaluateRequest
 from tenon.plan.values import SourcePlan
+from tenon.processes import Event, ask_worker
 from tenon.runs.atomic import write_file_atomic
 from tenon.runs.results import Comparison, Result
 from tenon.service.environment import require_training
 from tenon.service.subjects import Opened, Rows, open_subjects, rows_of
-from tenon.service.worker_process import Event, ask_worker
 from tenon.settings import Settings
 
 

@@ -14,10 +14,10 @@ from types import FrameType
 from tenon.errors import StopRequestedError
 from tenon.plan.requests import Engine, ServeRequest
 from tenon.plan.values import BasePlan
+from tenon.processes import Event, start_worker, worker_log
 from tenon.recipe.load import load_recipe
 from tenon.service.environment import require_serving
 from tenon.service.subjects import open_subject
-from tenon.service.worker_process import Event, start_worker, worker_log
 from tenon.settings import Settings
 
 _RECIPES = (".yaml", ".yml")

@@ -16,13 +16,13 @@ from tenon.errors import RunError, StopRequestedError, TenonError
 from tenon.plan.devices import respread
 from tenon.plan.machine import read_machine
 from tenon.plan.values import Plan
+from tenon.processes import Event, Worker, revive_error, start_worker
 from tenon.runs.atomic import remove_folder
 from tenon.runs.events import follow_events
 from tenon.runs.folder import RunFolder
 from tenon.runs.status import RunState, status
 from tenon.service.environment import require_training
 from tenon.service.runs import read_plan
-from tenon.service.worker_process import Event, Worker, revive_error, start_worker
 from tenon.settings import Settings
 
 POLL_SECONDS = 0.1

@@ -22,10 +22,9 @@ from tenon.errors import (
     UsageError,
 )  # fmt: skip
 from tenon.plan.requests import GenerateRequest, Prompt, Sampling
-from tenon.service.worker_process import ask_worker, revive_error, start_worker
+from tenon.processes import ask_worker, revive_error, start_worker
 from tenon.settings import Settings, child_environment, read_settings
-
-from ..worker.test_loop import BASE, ENGINE
+from tests.worker.test_loop import BASE, ENGINE
 
 KINDS = [
     RecipeError, PlanError, BaseModelError, DataError, AdapterError, RunError, TrainError, UsageError,

@@ -1,0 +1,30 @@
+"""The files of a registered version, read for the bank. This module does not know slots, names or requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tenon.adapters.peft_files import AdapterFiles, read_adapter
+from tenon.errors import AdapterError
+from tenon.registry.store import Registry
+from tenon.serve.jobs import AdapterRef
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReader:
+    """Reads versions from a registry: what `Residency` calls when an adapter is asked for."""
+
+    registry: Registry
+
+    def __call__(self, adapter: AdapterRef) -> AdapterFiles:
+        """The files of a version, hashed and checked first. Raises AdapterError."""
+        entry = self.registry.verify(adapter.label)
+        try:
+            return read_adapter(self.registry.folder(entry))
+        except OSError as error:
+            raise AdapterError(
+                "adapter-damaged",
+                f"{adapter.label}: its files went away while they were read",
+                got=str(error.strerror),
+                hint="use another version",
+            ) from error
