@@ -5,14 +5,17 @@ Every part may be done again after a kill: files are replaced by equal ones, and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from tenon.adapters.peft_files import write_adapter
 from tenon.pipeline.engine import Workbench
 from tenon.pipeline.judging import judge_against_base
+from tenon.pipeline.probing import record_probes
 from tenon.pipeline.slot_data import Emit, SlotData
 from tenon.plan.values import Plan
 from tenon.registry.entry import Entry, EntryDraft
+from tenon.registry.probes import PROBES_NAME
 from tenon.registry.store import ENTRY_NAME, Registry
 from tenon.runs.atomic import write_folder_atomic
 from tenon.runs.checkpoints import hash_file
@@ -57,8 +60,19 @@ def finish_slot(
         system=slot.data.system,
         base_format=plan.base_format,
     )
-    entry = _register_once(Registry(settings.registry), slot.register_as, folder, draft)
+    beside = _beside(plan, training, data, bench)
+    entry = _register_once(Registry(settings.registry), slot.register_as, folder, draft, beside)
     emit("registered", slot=slot.name, name=entry.name, version=entry.version)
+
+
+def _beside(plan: Plan, training: SlotTraining, data: SlotData, bench: Workbench) -> dict[str, bytes]:
+    """The files that are kept beside the adapter's."""
+    rows = data.dataset.validation if len(data.dataset.validation) else data.dataset.train
+    count = training.plan.serving.probes
+    if not count:
+        return {}
+    probes = record_probes(bench, training.number, rows, count=count, plan=plan)
+    return {PROBES_NAME: probes.to_json().encode()}
 
 
 def _parent(start: str | None) -> str | None:
@@ -68,13 +82,15 @@ def _parent(start: str | None) -> str | None:
     return f"{Path(start).parent.name}@{Path(start).name}"
 
 
-def _register_once(registry: Registry, name: str, folder: Path, draft: EntryDraft) -> Entry:
+def _register_once(
+    registry: Registry, name: str, folder: Path, draft: EntryDraft, beside: Mapping[str, bytes]
+) -> Entry:
     """The version that this very run has registered already, or a new one."""
     for version in reversed(registry.versions(name)):
         entry = registry.get(f"{name}@{version}")
         if entry.run == draft.run and _same_files(entry, folder):
             return entry
-    return registry.register(name, folder, draft)
+    return registry.register(name, folder, draft, beside=beside)
 
 
 def _same_files(entry: Entry, folder: Path) -> bool:

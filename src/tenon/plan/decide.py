@@ -25,6 +25,7 @@ from tenon.plan.slots import (
     decide_lora,
     decide_optimizer,
     decide_schedule,
+    decide_serving,
     decide_validation,
     heldout_rows,
     register_name,
@@ -202,6 +203,7 @@ def _work(
 
 def _slot(loaded: Loaded, choices: Choices, parts: Parts, work: Work, *, name: str, seed: int) -> SlotPlan:
     validation = decide_validation(loaded, choices, rows=work.validation_rows, steps=work.steps)
+    register_as = register_name(loaded, choices, name)
     return SlotPlan(
         name=name,
         recipe_hash=loaded.recipe.content_hash,
@@ -216,7 +218,8 @@ def _slot(loaded: Loaded, choices: Choices, parts: Parts, work: Work, *, name: s
         evaluation=decide_evaluation(
             loaded, choices, validation_rows=work.validation_rows, max_new_tokens=validation.max_new_tokens
         ),
-        register_as=register_name(loaded, choices, name),
+        register_as=register_as,
+        serving=decide_serving(loaded, choices, registered=register_as is not None),
     )
 
 

@@ -23,6 +23,7 @@ from tenon.plan.values import (
     MachineFacts,
     OptimizerPlan,
     SchedulePlan,
+    ServingPlan,
     SourcePlan,
     ValidationPlan,
 )
@@ -282,6 +283,14 @@ def decide_evaluation(loaded: Loaded, choices: Choices, *, validation_rows: int,
         max_new_tokens=max_new_tokens,
         enabled=has_rows and asked.metrics != (),
     )
+
+
+def decide_serving(loaded: Loaded, choices: Choices, *, registered: bool) -> ServingPlan:
+    """What is kept with the adapter; nothing where it is not registered."""
+    if not registered:
+        choices.unused("serve.probes", "the adapter is not registered")
+        return ServingPlan()
+    return ServingPlan(probes=choices.default("serve.probes", loaded.recipe.serve.probes))
 
 
 def slot_name(loaded: Loaded, choices: Choices) -> str:

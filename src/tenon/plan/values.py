@@ -206,6 +206,12 @@ class EvaluationPlan(Value):
     enabled: bool
 
 
+class ServingPlan(Value):
+    """What is kept with a registered adapter. probes: rows with what it said of them (0 = none)."""
+
+    probes: int = 0
+
+
 class SlotPlan(Value):
     """Everything about one adapter of the run: what it is, what it learns from, and how."""
 
@@ -221,6 +227,7 @@ class SlotPlan(Value):
     validation: ValidationPlan
     evaluation: EvaluationPlan
     register_as: str | None
+    serving: ServingPlan = ServingPlan()
 
 
 class Keeping(Value):

@@ -41,6 +41,10 @@ def _evaluates(recipe: Recipe) -> bool:
     return recipe.evaluate.metrics != ()
 
 
+def _registers(recipe: Recipe) -> bool:
+    return recipe.register_as is not False
+
+
 _ADAM = _optimizer_is("adamw", "adamw8bit")
 _NO_ADAM = "it belongs to Adam, and optimizer.kind is sgd"
 _NO_VALIDATION = "there are no validation rows: data.heldout is 0 and data.validation is not given"
@@ -115,6 +119,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule("evaluate.data", _evaluates, _NO_EVALUATION, "leave it out, or name metrics"),
     Rule("evaluate.rows", _evaluates, _NO_EVALUATION, "leave it out, or name metrics"),
+    Rule("serve.probes", _registers, "the adapter is not registered", "leave it out, or set register: true"),
 )
 
 

@@ -61,6 +61,7 @@ DEFAULTS: dict[str, Default] = {
     "evaluate.data": Default(None, "the validation rows"),
     "evaluate.rows": Default(0, "no limit", "all"),
     "evaluate.max_new_tokens": Default(256, "longer answers are cut"),
+    "serve.probes": Default(4, "a server checks by them that the adapter still says what it said"),
     "precision.products": Default("auto", "fp8 on a GPU that has it and computes in bf16, else as precision.compute"),
     "register": Default(True, "registered under the adapter's name"),
     "seed": Default(0, "the same recipe gives the same adapter"),

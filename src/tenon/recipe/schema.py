@@ -292,6 +292,18 @@ class EvaluateSection(Section):
     )
 
 
+class ServeSection(Section):
+    """What is kept with the registered adapter for whoever serves it."""
+
+    probes: int | None = Field(
+        default=None,
+        ge=0,
+        le=64,
+        description="Rows of the data that are kept with the adapter, as tokens, with what it said of them; a server "
+        "checks by them that it still says so. 0 keeps none.",
+    )
+
+
 class Recipe(Section):
     """One adapter: what it learns from, on which base, and how. Only `base` and `data.train` have to be said."""
 
@@ -310,6 +322,7 @@ class Recipe(Section):
     validation: ValidationSection = ValidationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     evaluate: EvaluateSection = EvaluateSection()
+    serve: ServeSection = ServeSection()
     precision: PrecisionSection = PrecisionSection()
     device: Literal["auto", "cpu", "cuda"] | None = Field(default=None, description="Where the run computes.")
     devices: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] | None = Field(

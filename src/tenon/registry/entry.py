@@ -5,6 +5,8 @@ This module does not know where entries are stored, nor tensors.
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from tenon.errors import AdapterError
 from tenon.plan.values import BaseFormat
 from tenon.runs.checkpoints import FileFacts
@@ -39,7 +41,9 @@ class Entry(Value):
     created: unix seconds. rank, alpha, scale: of most of its matrices (`scale` multiplies B A x); targets: the modules
     that it adapts, in forward order; matrices: how many; parameters: of all A and B.
     files: the PEFT files by name. system: see EntryDraft; turns that bring no system message get it again.
-    base_format: see EntryDraft; the adapter may stand on the base in any format.
+    base_format: see EntryDraft; the adapter may stand on the base in any format. beside: what else is kept with it, by
+    name (`registry.store.BESIDE`). Fields that came later are left out of the JSON where they say nothing, so that the
+    content hash of an older entry stays.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Entry(Value):
     files: dict[str, FileFacts]
     system: str | None = None
     base_format: BaseFormat | None = None
+    beside: dict[str, FileFacts] = Field(default={}, exclude_if=lambda beside: not beside)
 
     @property
     def label(self) -> str:
@@ -70,7 +75,7 @@ class Entry(Value):
 
     @property
     def adapter_hash(self) -> str:
-        """One hash of all its files: equal for equal adapters, whatever their name."""
+        """One hash of its PEFT files: equal for equal adapters, whatever their name and whatever lies beside them."""
         return hash_text(canonical_json({name: facts.sha256 for name, facts in self.files.items()}))
 
     @property

@@ -1,6 +1,7 @@
 """The registry: immutable versions of adapters on disk.
 
     ROOT/NAME/3/adapter_config.json, adapter_model.safetensors    as PEFT wrote or would write them
+    ROOT/NAME/3/probes.json                                       what it said when it was trained: see `probes`
     ROOT/NAME/3/tenon.json                                        the Entry
     ROOT/NAME/last                                                the highest removed version: no number comes twice
     ROOT/NAME/aliases.json                                        names for versions: see `aliases`
@@ -27,12 +28,15 @@ from tenon.errors import AdapterError
 from tenon.registry.aliases import Alias, Target, is_alias, new_target, read_aliases, write_aliases
 from tenon.registry.entry import Entry, EntryDraft
 from tenon.registry.peft_check import CONFIG_NAME, TENSORS_NAME, AdapterFacts, check_adapter
+from tenon.registry.probes import PROBES_NAME, Probes
 from tenon.runs.atomic import clean_leftovers, remove_folder, write_file_atomic, write_folder_atomic
 from tenon.runs.checkpoints import FileFacts, hash_file
 from tenon.runs.space import require_space
 
 ENTRY_NAME = "tenon.json"
 PEFT_FILES = (CONFIG_NAME, TENSORS_NAME)
+# What may be kept beside the PEFT files of a version.
+BESIDE = frozenset({PROBES_NAME})
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _VERSION = re.compile(r"[1-9]\d{0,8}")
 
@@ -43,11 +47,15 @@ class Registry:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def register(self, name: str, files_folder: Path, draft: EntryDraft) -> Entry:
+    def register(
+        self, name: str, files_folder: Path, draft: EntryDraft, *, beside: Mapping[str, bytes] | None = None
+    ) -> Entry:
         """Check an adapter folder and keep a copy as the next version of `name`. Safe beside other processes.
 
+        beside: contents of further files to keep with it, by names of `BESIDE`.
         Raises AdapterError adapter-bad-name and those of `check_adapter`; RunError run-disk-full.
         """
+        assert set(beside or ()) <= BESIDE
         folder = self._adapter_folder(name)
         check_adapter(files_folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,8 +69,10 @@ class Registry:
             def write(aside: Path) -> None:
                 for file in PEFT_FILES:
                     shutil.copyfile(files_folder / file, aside / file)
+                for file, content in (beside or {}).items():
+                    (aside / file).write_bytes(content)
                 # Checked again: what counts is what was copied, not what lay there a moment ago.
-                made.append(_entry(name, version, aside, check_adapter(aside), draft))
+                made.append(_entry(name, version, aside, check_adapter(aside), draft, tuple(beside or ())))
                 (aside / ENTRY_NAME).write_text(made[0].to_json())
 
             write_folder_atomic(folder / str(version), write, need_bytes=size_bytes)
@@ -174,19 +184,35 @@ class Registry:
         """
         entry = self.get(spec)
         folder = self.folder(entry)
-        strange = sorted({place.name for place in folder.iterdir()} - {*PEFT_FILES, ENTRY_NAME})
+        strange = sorted({place.name for place in folder.iterdir()} - {*PEFT_FILES, *entry.beside, ENTRY_NAME})
         if strange:
             raise _damaged(folder, f"{strange[0]} does not belong there")
-        for name, facts in entry.files.items():
-            path = folder / name
-            if path.is_symlink() or not path.is_file():
-                raise _damaged(folder, f"{name} is missing" if not path.is_symlink() else f"{name} is a link")
-            if path.stat().st_size != facts.size_bytes:
-                raise _damaged(folder, f"{name} has {path.stat().st_size:,} bytes instead of {facts.size_bytes:,}")
-            if hash_file(path) != facts.sha256:
-                raise _damaged(folder, f"{name} does not hold what was registered")
+        for name, facts in (entry.files | entry.beside).items():
+            _require_file(folder, name, facts)
         check_adapter(folder)
         return entry
+
+    def probes(self, entry: Entry) -> Probes | None:
+        """What the adapter said when it was trained; None where nothing was recorded (the recipe did not want it, or
+        it was made elsewhere). Raises AdapterError adapter-damaged.
+        """
+        content = self.beside(entry, PROBES_NAME)
+        try:
+            return None if content is None else Probes.from_json(content)
+        except ValidationError as error:
+            raise _damaged(self.folder(entry), f"{PROBES_NAME} holds no probes of this version of Tenon") from error
+
+    def beside(self, entry: Entry, name: str) -> bytes | None:
+        """What a file beside the adapter's holds, as it was registered; None where the version has no such file.
+
+        Raises AdapterError adapter-damaged.
+        """
+        facts = entry.beside.get(name)
+        if facts is None:
+            return None
+        folder = self.folder(entry)
+        _require_file(folder, name, facts)
+        return (folder / name).read_bytes()
 
     def export(self, spec: str, target: Path) -> Entry:
         """Write what PEFT and vLLM load, and nothing else, into a new folder, after verifying it.
@@ -307,7 +333,9 @@ def _last(folder: Path) -> int:
     return int(text) if _VERSION.fullmatch(text) else 0
 
 
-def _entry(name: str, version: int, folder: Path, facts: AdapterFacts, draft: EntryDraft) -> Entry:
+def _entry(
+    name: str, version: int, folder: Path, facts: AdapterFacts, draft: EntryDraft, beside: tuple[str, ...]
+) -> Entry:
     return Entry(
         name=name,
         version=version,
@@ -328,11 +356,24 @@ def _entry(name: str, version: int, folder: Path, facts: AdapterFacts, draft: En
         targets=facts.targets,
         matrices=len(facts.sites),
         parameters=facts.parameters,
-        files={
-            file: FileFacts(sha256=hash_file(folder / file), size_bytes=(folder / file).stat().st_size)
-            for file in PEFT_FILES
-        },
+        files={file: _facts(folder / file) for file in PEFT_FILES},
+        beside={file: _facts(folder / file) for file in beside},
     )
+
+
+def _facts(path: Path) -> FileFacts:
+    return FileFacts(sha256=hash_file(path), size_bytes=path.stat().st_size)
+
+
+def _require_file(folder: Path, name: str, facts: FileFacts) -> None:
+    """Raises AdapterError adapter-damaged unless a file is what was registered."""
+    path = folder / name
+    if path.is_symlink() or not path.is_file():
+        raise _damaged(folder, f"{name} is missing" if not path.is_symlink() else f"{name} is a link")
+    if path.stat().st_size != facts.size_bytes:
+        raise _damaged(folder, f"{name} has {path.stat().st_size:,} bytes instead of {facts.size_bytes:,}")
+    if hash_file(path) != facts.sha256:
+        raise _damaged(folder, f"{name} does not hold what was registered")
 
 
 def _read_entry(folder: Path) -> Entry:
@@ -344,7 +385,7 @@ def _read_entry(folder: Path) -> Entry:
         raise _damaged(folder, f"{ENTRY_NAME} is no entry of this version of Tenon") from error
     if (entry.name, str(entry.version)) != (folder.parent.name, folder.name):
         raise _damaged(folder, f"{ENTRY_NAME} says that it is {entry.label}")
-    if set(entry.files) != set(PEFT_FILES):
+    if set(entry.files) != set(PEFT_FILES) or not set(entry.beside) <= BESIDE:
         raise _damaged(folder, f"{ENTRY_NAME} lists other files than an adapter has")
     return entry
 
