@@ -2,8 +2,8 @@
 
     make_adapters(folder, "smollm2-135m")      PEFT folders FOLDER/rank-4 … and versions in the registry (TENON_HOME)
 
-Each changes what a matrix says by about EFFECT of its size, whatever the rank: enough to answer otherwise, too little to
-lose the language. One in three adapts attention alone, one in three the feed-forward part alone.
+Each changes what a matrix says by about EFFECT of its size, whatever the rank: enough to answer otherwise, too little
+to lose the language. One in three adapts attention alone, one in three the feed-forward part alone.
 Also run by itself: python -m benchmarks.serving_adapters FOLDER
 """
 
