@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check figures test-gpu clean
+.PHONY: demo test check figures test-gpu vllm clean
 
 demo: $(READY)
 	$(BIN)/tenon train recipes/quickstart.yaml
@@ -30,6 +30,10 @@ figures: $(READY)
 
 test-gpu: $(READY)
 	$(BIN)/pytest -m gpu tests
+
+# vLLM for CPUs in an environment of its own: for the benchmarks of serving, and the tests that ask a real one.
+vllm:
+	PYTHON='$(PYTHON)' benchmarks/prepare_vllm.sh
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

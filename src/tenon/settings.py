@@ -89,6 +89,14 @@ def child_environment(settings: Settings) -> dict[str, str]:
     }
 
 
+def foreign_environment() -> dict[str, str]:
+    """The environment for a program of another Python environment: this process's own, without what would lead its
+    Python to packages of ours.
+    """
+    ours = {"PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV"}
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
 def _allocator(environ: Mapping[str, str]) -> dict[str, str]:
     """How torch is to take a GPU's memory: in segments that grow, so that little of it is lost between tensors of many
     sizes. Nothing where somebody has said it otherwise, by either of its names.

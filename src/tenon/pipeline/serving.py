@@ -8,10 +8,12 @@ from __future__ import annotations
 from contextlib import closing
 from importlib import metadata
 
+from tenon.data.render import Renderer
 from tenon.errors import PlanError
 from tenon.infer.generate import place_bytes
 from tenon.models.cache import BLOCK_TOKENS
 from tenon.models.decoder import Decoder
+from tenon.pipeline.foreign import foreign_engines
 from tenon.pipeline.slot_data import Emit
 from tenon.pipeline.talking import open_engine
 from tenon.plan.requests import ServeRequest
@@ -21,7 +23,7 @@ from tenon.serve.adapter_files import AdapterReader
 from tenon.serve.engine_loop import EngineLoop
 from tenon.serve.jobs import Deliver, Limits
 from tenon.serve.names import Names
-from tenon.serve.run import Options, Server, address, listen, stopped_by_signals
+from tenon.serve.run import MakeEngines, Options, Server, address, listen, stopped_by_signals
 from tenon.settings import Settings
 from tenon.tenants.keys import KeyStore
 from tenon.tenants.usage import UsageBook
@@ -32,11 +34,14 @@ _PASS_TOKENS = {"cpu": 256, "cuda": 2048}
 
 
 def serve(request: ServeRequest, emit: Emit, settings: Settings) -> None:
-    """Serve until SIGTERM. Raises UsageError usage-address before anything is loaded; PlanError plan-cache."""
-    listening = listen(request.host, request.port)
-    with listening:
-        bench, renderer = open_engine(request.engine, settings, emit)
-        limits = cache_limits(request, bench.decoder)
+    """Serve until SIGTERM. Raises UsageError usage-address before anything is loaded; PlanError plan-cache; what
+    `foreign_engines` raises.
+    """
+    with listen(request.host, request.port) as listening:
+        if request.foreign is None:
+            renderer, make_engines = _own_engines(request, emit, settings)
+        else:
+            renderer, make_engines = foreign_engines(request, request.foreign, emit, settings)
         registry = Registry(settings.registry)
         names = Names(registry, renderer, base=request.name, base_hash=request.engine.base.base_hash)
         options = Options(
@@ -44,21 +49,29 @@ def serve(request: ServeRequest, emit: Emit, settings: Settings) -> None:
             most_body_bytes=request.most_body_bytes,
             drain_seconds=request.drain_seconds,
             fingerprint=request.engine.base.base_hash[:12],
-            vocabulary=bench.decoder.facts.vocab,
+            vocabulary=request.engine.facts.vocab,
             version=metadata.version("tenonlm"),
         )
-
         access = Access(KeyStore(settings.keys), UsageBook(settings.usage))
-
-        def make_engine(deliver: Deliver) -> EngineLoop:
-            return EngineLoop(bench.decoder, bench.bank, limits=limits, read=AdapterReader(registry), deliver=deliver)
-
-        server = Server(make_engine, renderer.tokenizer, names, listening=listening, options=options, access=access)
+        server = Server(make_engines, renderer.tokenizer, names, listening=listening, options=options, access=access)
         with closing(access), stopped_by_signals(server):
             server.start()
+            limits = server.engine.limits
             told = {"rows": limits.rows, "context_tokens": limits.context_tokens, "slots": limits.slots}
             emit("ready", url=address(listening), name=request.name, **told)
             server.work()
+
+
+def _own_engines(request: ServeRequest, emit: Emit, settings: Settings) -> tuple[Renderer, MakeEngines]:
+    """The base in this process, how it is asked, and the engine over it."""
+    bench, renderer = open_engine(request.engine, settings, emit)
+    limits = cache_limits(request, bench.decoder)
+    read = AdapterReader(Registry(settings.registry))
+
+    def make_engines(deliver: Deliver) -> EngineLoop:
+        return EngineLoop(bench.decoder, bench.bank, limits=limits, read=read, deliver=deliver)
+
+    return renderer, make_engines
 
 
 def cache_limits(request: ServeRequest, decoder: Decoder) -> Limits:

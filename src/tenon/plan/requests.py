@@ -121,13 +121,25 @@ class GenerateRequest(Value):
     sampling: Sampling
 
 
+class ForeignEngine(Value):
+    """An engine that is not ours, in a Python environment of its own.
+
+    python: its interpreter. version: of the engine's package. options: further words of its command line.
+    """
+
+    kind: Literal["vllm"] = "vllm"
+    python: str
+    version: str
+    options: tuple[str, ...] = ()
+
+
 class ServeRequest(Value):
     """Answer requests over HTTP until SIGTERM; then what runs is finished and the worker ends with 0.
 
     name: what clients call the base. port: 0 takes a free one. slots: adapters in the bank at a time. rows: most
     sequences at a time. context_tokens: the longest, prompt and answer together. cache_bytes: of all keys and values;
     when they are full, the youngest sequence waits. queue: sequences that may wait besides. drain_seconds: what runs
-    may take so long to finish.
+    may take so long to finish. foreign: who makes the sequences instead of this package.
     Event: `ready` {url, name, rows, context_tokens, slots}.
     """
 
@@ -142,6 +154,7 @@ class ServeRequest(Value):
     queue: int = 1024
     most_body_bytes: int = 4 << 20
     drain_seconds: float = 30.0
+    foreign: ForeignEngine | None = None
 
 
 class ChatStart(Value):

@@ -25,6 +25,7 @@ _STATUS_OF_CODE = {
     "adapter-other-base": 400,
     "adapter-template": 400,
     "usage-empty-prompt": 400,
+    "usage-engine": 400,
     "usage-sampling": 400,
 }
 

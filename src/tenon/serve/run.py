@@ -34,6 +34,9 @@ _POLL_SECONDS = 0.02
 # Connections that are still being written to when everything has ended get so long.
 _LAST_WRITES_SECONDS = 5
 
+MakeEngines = Callable[[Deliver], Engines]
+"""Whoever makes the sequences, given where the events go."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -88,7 +91,7 @@ class Server:
 
     def __init__(
         self,
-        make_engines: Callable[[Deliver], Engines],
+        make_engines: MakeEngines,
         tokenizer: ChatTokenizer,
         names: Names,
         *,
@@ -96,9 +99,7 @@ class Server:
         options: Options,
         access: Access | None = None,
     ) -> None:
-        """make_engines: whoever makes the sequences, given where the events go. access: who may ask; None where nobody
-        is asked for a key.
-        """
+        """access: who may ask; None where nobody is asked for a key."""
         outlet = _Outlet()
         self.engine = make_engines(outlet)
         self.gate = Gate(self.engine, tokenizer, Metrics(self.engine), most=self.engine.limits.rows + options.queue)

@@ -1,0 +1,157 @@
+"""Serving by vLLM: its process over the same prepared base, the same adapters, behind the same HTTP.
+
+This module does not know how jobs become requests (serve.vllm_engines).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from tenon.data.render import Renderer
+from tenon.data.template import read_template
+from tenon.data.tokenizer import load_tokenizer
+from tenon.errors import PlanError
+from tenon.infer.generate import place_bytes
+from tenon.pipeline.base import find_base
+from tenon.pipeline.engine import DTYPES
+from tenon.pipeline.slot_data import Emit
+from tenon.plan.requests import ForeignEngine, ServeRequest
+from tenon.plan.values import BaseFormat
+from tenon.processes import worker_log
+from tenon.registry.store import Registry
+from tenon.serve.adapter_files import AdapterReader
+from tenon.serve.jobs import Deliver, Limits
+from tenon.serve.protocol import MOST_TOP_LOGPROBS
+from tenon.serve.run import MakeEngines
+from tenon.serve.vllm_adapters import VllmAdapters
+from tenon.serve.vllm_engines import VllmEngines
+from tenon.serve.vllm_process import RANKS, TESTED, Dtype, Launch, VllmProcess, rank_for
+from tenon.settings import Settings, foreign_environment
+from tenon.units import format_bytes
+
+# Room for adapters of the ranks that are common, also where none is registered yet.
+_LEAST_RANK = 64
+_PASS_TOKENS = {"cpu": 512, "cuda": 8192}
+# vLLM's largest block of keys and values: a sequence may need one that it hardly uses.
+_BLOCK_TOKENS = 128
+_NAMES: dict[str, Dtype] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_QUANTISED: dict[BaseFormat, tuple[str, ...]] = {"dense": (), "fp8": ("--quantization", "fp8")}
+
+
+def foreign_engines(
+    request: ServeRequest, engine: ForeignEngine, emit: Emit, settings: Settings
+) -> tuple[Renderer, MakeEngines]:
+    """How the base is asked, and vLLM, which answers by now. Raises PlanError plan-cache, plan-engine-base; RunError
+    run-engine-start.
+    """
+    if engine.version not in TESTED:
+        known = ", ".join(TESTED)
+        text = f"vLLM {engine.version} is not one that Tenon was tested with ({known}): see docs/vllm.md"
+        emit("warning", code="plan-engine-untested", text=text)
+    limits = _limits(request)
+    quantised = _quantised(request)
+    emit("phase", name="base", detail=request.engine.base.spec)
+    folder = find_base(request.engine.base, settings)
+    renderer = Renderer(load_tokenizer(folder), read_template(request.engine.template))
+    launch = Launch(
+        Path(engine.python),
+        folder,
+        worker_log("vllm", settings),
+        foreign_environment(),
+        dtype=_NAMES[request.engine.precision],
+        context_tokens=limits.context_tokens,
+        rows=limits.rows,
+        slots=limits.slots,
+        max_rank=_room_for_ranks(request, settings),
+        cache_bytes=limits.cache_bytes,
+        pass_tokens=limits.pass_tokens,
+        top_logprobs=MOST_TOP_LOGPROBS,
+        drain_seconds=request.drain_seconds,
+        threads=request.engine.machine.threads,
+        extra=(*quantised, *engine.options),
+    )
+
+    def start(on_wait: Callable[[], None]) -> VllmProcess:
+        return start_vllm(launch, on_wait)
+
+    emit("phase", name="engine", detail=f"vLLM {engine.version}")
+    process = start(lambda: None)
+    adapters = VllmAdapters(
+        _own_folder(settings.cache / "engines"),
+        request.engine.facts,
+        slots=limits.slots,
+        max_rank=launch.max_rank,
+        read=AdapterReader(Registry(settings.registry)),
+    )
+
+    def tell(text: str) -> None:
+        emit("warning", code="run-engine-died", text=text)
+
+    def make_engines(deliver: Deliver) -> VllmEngines:
+        return VllmEngines(start, process, limits=limits, adapters=adapters, deliver=deliver, tell=tell)
+
+    return renderer, make_engines
+
+
+def start_vllm(launch: Launch, on_wait: Callable[[], None]) -> VllmProcess:
+    """A process that answers; nothing of it is left when the wait is broken off. Raises RunError run-engine-start."""
+    process = VllmProcess.start(launch)
+    try:
+        process.wait_until_ready(lambda _seconds: on_wait())
+    except BaseException:
+        process.end(patience_seconds=0.0)
+        raise
+    return process
+
+
+def _limits(request: ServeRequest) -> Limits:
+    """What vLLM may use. Raises PlanError plan-cache when the cache does not hold one sequence."""
+    facts = request.engine.facts
+    context = min(request.context_tokens, facts.context_tokens)
+    one = place_bytes(facts, tokens=context + _BLOCK_TOKENS, dtype=DTYPES[request.engine.precision])
+    if request.cache_bytes < one:
+        raise PlanError(
+            "plan-cache",
+            f"a cache of {format_bytes(request.cache_bytes)} does not hold one sequence of {context:,} tokens",
+            got=f"{format_bytes(one)} a sequence",
+            hint="give more with --cache, or shorter sequences with --context",
+        )
+    pass_tokens = _PASS_TOKENS[request.engine.machine.device]
+    return Limits(request.rows, context, request.cache_bytes, pass_tokens, request.slots)
+
+
+def _quantised(request: ServeRequest) -> tuple[str, ...]:
+    """How vLLM keeps the base as it was planned. Raises PlanError plan-engine-base."""
+    kept = request.engine.frozen.format
+    if request.engine.facts.stored == "nf4" or kept not in _QUANTISED:
+        raise PlanError(
+            "plan-engine-base",
+            "vLLM is given a base as fp32, bf16, fp16 or fp8, and this one would be kept otherwise",
+            got=kept if kept not in _QUANTISED else "nf4 files",
+            hint="serve it with Tenon's own engine (without --engine vllm), or on a larger GPU",
+        )
+    return _QUANTISED[kept]
+
+
+def _room_for_ranks(request: ServeRequest, settings: Settings) -> int:
+    """The rank that vLLM reserves memory for: the highest that is registered for this base, or the common ones."""
+    entries = Registry(settings.registry).list(on_damaged=lambda _error: None)
+    ranks = [entry.rank for entry in entries if entry.base_hash == request.engine.base.base_hash]
+    return max(rank_for(min(rank, RANKS[-1])) or RANKS[-1] for rank in (_LEAST_RANK, *ranks))
+
+
+def _own_folder(parent: Path) -> Path:
+    """A folder of this process, after removing those of processes of this machine that were killed."""
+    host = f"vllm-{socket.gethostname()}-"
+    parent.mkdir(parents=True, exist_ok=True)
+    for folder in parent.glob(f"{host}*"):
+        pid = folder.name.removeprefix(host)
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+    return parent / f"{host}{os.getpid()}"

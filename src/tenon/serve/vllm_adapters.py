@@ -1,0 +1,193 @@
+"""Which adapters a vLLM server has: a bounded number, under their digests, the longest idle one given up.
+
+    FOLDER/<digest>/adapter_config.json, adapter_model.safetensors      what vLLM reads: written from what was checked
+
+A name is never used for other weights, so that nothing vLLM remembers of one is ever wrong. When all places are taken
+by adapters that are in use without a pause, the one that has been there for longest takes no new sequences once
+somebody has waited for `patience_seconds`. Belongs to one event loop. This module knows no requests, and does not watch
+vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import shutil
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import torch
+
+from tenon.adapters.bank import Slot
+from tenon.adapters.peft_files import AdapterFiles, fill_slot, write_adapter
+from tenon.bases.facts import ModelFacts
+from tenon.errors import AdapterError
+from tenon.serve.jobs import AdapterRef
+
+ReadFiles = Callable[[AdapterRef], AdapterFiles]
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """An adapter that vLLM has or is being given. users: sequences that need it; used, since: as counts, when it was
+    last asked for and when it came. closing: it takes no more users.
+    """
+
+    key: str
+    loading: asyncio.Future[None]
+    since: int
+    users: int = 0
+    used: int = 0
+    closing: bool = False
+
+
+class VllmAdapters:
+    """The adapters of one server."""
+
+    def __init__(
+        self,
+        folder: Path,
+        facts: ModelFacts,
+        *,
+        slots: int,
+        max_rank: int,
+        read: ReadFiles,
+        patience_seconds: float = 2.0,
+    ) -> None:
+        """folder: of its own, emptied by `clear`. max_rank: what vLLM was started for. read: raises AdapterError."""
+        self._folder, self._facts, self._slots, self._max_rank = folder, facts, slots, max_rank
+        self._read, self._patience_seconds = read, patience_seconds
+        self._places: dict[str, _Place] = {}
+        self._waiting: deque[asyncio.Event] = deque()
+        self._clock = itertools.count(1)
+        self.resident: frozenset[str] = frozenset()
+        self.loads = 0
+
+    @asynccontextmanager
+    async def using(self, adapter: AdapterRef, client: httpx.AsyncClient) -> AsyncIterator[str]:
+        """vLLM's name for the adapter, which it keeps as long as the context lasts.
+
+        Raises AdapterError when its files are refused, by us or by vLLM; httpx.TransportError when vLLM is gone.
+        """
+        place = await self._place(adapter, client)
+        place.users += 1
+        place.used = next(self._clock)
+        try:
+            await asyncio.shield(place.loading)
+            yield adapter.key
+        finally:
+            place.users -= 1
+            if place.users == 0:
+                self._wake()
+
+    def forget(self) -> None:
+        """vLLM is gone, and what it had with it. What is being loaded fails by itself."""
+        self._places.clear()
+        self.resident = frozenset()
+        self._wake()
+
+    def clear(self) -> None:
+        """Remove all that was written for vLLM."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _place(self, adapter: AdapterRef, client: httpx.AsyncClient) -> _Place:
+        """The adapter's place, made if need be; waits for one to come free."""
+        asked, turn = time.monotonic(), asyncio.Event()
+        try:
+            while True:
+                place = self._places.get(adapter.key)
+                if place is not None and not place.closing:
+                    return place
+                if place is None and await self._make_room(client) and adapter.key not in self._places:
+                    return self._begin(adapter, client)
+                await self._wait(turn, asked)
+        finally:
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+
+    def _begin(self, adapter: AdapterRef, client: httpx.AsyncClient) -> _Place:
+        loading = asyncio.ensure_future(self._load(adapter, client))
+        place = self._places[adapter.key] = _Place(adapter.key, loading, next(self._clock))
+        loading.add_done_callback(lambda _done: self._settle(place))
+        return place
+
+    def _settle(self, place: _Place) -> None:
+        """An adapter has come, or could not be had."""
+        failed = place.loading.cancelled() or place.loading.exception() is not None
+        if self._places.get(place.key) is not place:
+            return
+        if failed:
+            self._places.pop(place.key)
+            self._wake()
+        else:
+            self.loads += 1
+            self.resident |= {place.key}
+
+    async def _wait(self, turn: asyncio.Event, asked: float) -> None:
+        """Wait until a place may have come free; after some patience, see to it that one does."""
+        if turn not in self._waiting:
+            self._waiting.append(turn)
+        turn.clear()
+        left = self._patience_seconds - (time.monotonic() - asked)
+        if left <= 0 and not any(place.closing for place in self._places.values()):
+            min(self._places.values(), key=lambda place: place.since).closing = True
+        try:
+            await asyncio.wait_for(turn.wait(), max(left, self._patience_seconds / 4))
+        except TimeoutError:
+            return
+
+    async def _make_room(self, client: httpx.AsyncClient) -> bool:
+        """Whether a place is free, after giving up the one that has been idle for longest if need be."""
+        if len(self._places) < self._slots:
+            return True
+        idle = [place for place in self._places.values() if place.users == 0 and place.loading.done()]
+        if not idle:
+            return False
+        gone = min(idle, key=lambda place: (not place.closing, place.used))
+        self._places.pop(gone.key)
+        self.resident -= {gone.key}
+        await client.post("/v1/unload_lora_adapter", json={"lora_name": gone.key})
+        if gone.key not in self._places:  # at once: whoever asks for it again writes it again
+            shutil.rmtree(self._folder / gone.key, ignore_errors=True)
+        return len(self._places) < self._slots
+
+    async def _load(self, adapter: AdapterRef, client: httpx.AsyncClient) -> None:
+        folder = await asyncio.to_thread(self._write, adapter)
+        answer = await client.post("/v1/load_lora_adapter", json={"lora_name": adapter.key, "lora_path": str(folder)})
+        if answer.status_code != 200:
+            raise AdapterError(
+                "adapter-engine",
+                f"vLLM does not take {adapter.label}",
+                got=answer.text[:300],
+                hint="serve it with Tenon's own engine (without --engine vllm)",
+            )
+
+    def _write(self, adapter: AdapterRef) -> Path:
+        """The adapter's files, checked against the base and written for vLLM alone. Raises AdapterError."""
+        files = self._read(adapter)
+        rank = max(site.rank for site in files.shape.sites.values())
+        if rank > self._max_rank:
+            raise AdapterError(
+                "adapter-rank",
+                f"{adapter.label} has rank {rank}, and this server's vLLM was started for ranks up to {self._max_rank}",
+                hint="start the server again: it makes room for the highest rank that is registered",
+            )
+        slot = Slot(
+            adapter.label, files.shape, self._facts, trained=False, dtype=torch.float32, device=torch.device("cpu")
+        )
+        fill_slot(slot, files)
+        folder = self._folder / adapter.key
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_adapter(folder, slot, base="base")
+        return folder
+
+    def _wake(self) -> None:
+        """Let those who wait look again, in the order in which they came."""
+        for turn in self._waiting:
+            turn.set()
