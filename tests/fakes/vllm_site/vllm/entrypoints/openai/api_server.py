@@ -1,9 +1,10 @@
 """A stand-in for vLLM's server: its options, its routes, its chunks; what follows a token is the token plus one.
 
-An adapter adds its rank instead of one. What it is asked is written to FAKE_VLLM_LOG, a JSON object a line. It fails
-as prompts say: a prompt that begins with DIES ends the process before it answers, DIES_LATER after two tokens, both
-only as long as the file FAKE_VLLM_MERCY does not exist; REFUSED is answered with 400. FAKE_VLLM_FAILS: what to say and end
-with at the start. FAKE_VLLM_SECONDS: between tokens.
+An adapter adds its rank instead of one. What it is asked is written to FAKE_VLLM_LOG, a JSON object a line.
+
+It fails as prompts say: one that begins with DIES ends the process before it answers, DIES_LATER after two tokens, both
+only as long as the file FAKE_VLLM_MERCY does not exist; REFUSED is answered with 400. FAKE_VLLM_FAILS: what to say and
+end with at the start. FAKE_VLLM_SECONDS: between tokens.
 """
 
 from __future__ import annotations
