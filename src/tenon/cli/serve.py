@@ -39,6 +39,10 @@ def serve(
     drain: Annotated[
         float, typer.Option("--drain", min=0.0, help="Seconds in which what runs may finish after SIGTERM.")
     ] = 30.0,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option("--cors", help="Origin of web pages that may ask, https://chat.example.org; again for more."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Events as JSON lines on standard output.")] = False,
 ) -> None:
     """Serve a base and every registered adapter that stands on it, over OpenAI's API.
@@ -64,6 +68,7 @@ def serve(
         cache_bytes=cache_bytes,
         queue=queue,
         drain_seconds=drain,
+        cors=tuple(cors or ()),
     )
     if host not in _LOOPBACK and not session.settings.keys.is_file():
         text = f"whoever reaches {host} can use this server: no key is asked for; make one: tenon keys create TENANT"

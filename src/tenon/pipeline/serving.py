@@ -20,6 +20,7 @@ from tenon.plan.requests import ServeRequest
 from tenon.registry.store import Registry
 from tenon.serve.access import Access
 from tenon.serve.adapter_files import AdapterReader
+from tenon.serve.connections import Bounds, raise_handles
 from tenon.serve.engine_loop import EngineLoop
 from tenon.serve.jobs import Deliver, Limits
 from tenon.serve.names import Names
@@ -51,6 +52,8 @@ def serve(request: ServeRequest, emit: Emit, settings: Settings) -> None:
             fingerprint=request.engine.base.base_hash[:12],
             vocabulary=request.engine.facts.vocab,
             version=metadata.version("tenonlm"),
+            cors=request.cors,
+            bounds=Bounds(most_connections=raise_handles()),
         )
         access = Access(KeyStore(settings.keys), UsageBook(settings.usage))
         server = Server(make_engines, renderer.tokenizer, names, listening=listening, options=options, access=access)

@@ -10,6 +10,8 @@ from typing import Any
 
 from tenon.errors import StopRequestedError, TenonError
 
+# The longest message: what clients write is told back to them, but not megabytes of it.
+_MOST_CHARACTERS = 2000
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -67,9 +69,9 @@ def error_body(error: ApiError) -> dict[str, Any]:
     default = "invalid_request_error" if error.status < 500 else "server_error"
     return {
         "error": {
-            "message": clean(error.message),
+            "message": _short(clean(error.message)),
             "type": _TYPES.get(error.status, default),
-            "param": None if error.param is None else clean(error.param),
+            "param": None if error.param is None else _short(clean(error.param)),
             "code": error.code,
         }
     }
@@ -91,6 +93,10 @@ def validation_error(problems: Sequence[Any]) -> ApiError:
         return ApiError(400, problem["msg"], code="unsupported_parameter", param=problem["ctx"]["param"])
     message = f"{param}: {problem['msg']}" if param else problem["msg"]
     return ApiError(400, message, param=param or None)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"
 
 
 def clean(text: str) -> str:

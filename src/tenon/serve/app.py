@@ -1,4 +1,4 @@
-"""The HTTP application: answers, models, health, metrics, and one shape for every error.
+"""The HTTP application: answers, models, health, metrics.
 
 This module does not know how answers are made, nor how the server is started and stopped.
 """
@@ -6,21 +6,18 @@ This module does not know how answers are made, nor how the server is started an
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from fastapi import APIRouter, FastAPI
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from tenon.errors import TenonError
-from tenon.serve.api_errors import ApiError, as_api_error, error_body, validation_error
 from tenon.serve.chat import chat_routes
 from tenon.serve.completions import completion_routes
 from tenon.serve.desk import Desk
-from tenon.serve.middleware import BodyBound, Counted
+from tenon.serve.error_replies import tell_errors
+from tenon.serve.middleware import REQUEST_ID, BodyBound, Counted, Named
 from tenon.serve.names import Listed
 from tenon.serve.protocol import ErrorBody
 from tenon.serve.replies import Model, ModelList
@@ -30,31 +27,48 @@ _ERRORS = {
     401: "The server asks for a key, and this one is not known.",
     403: "The key may not ask this.",
     404: "No adapter or base has this name.",
+    408: "The body came too slowly.",
     413: "The body is too large.",
     422: "The adapter's files are refused.",
     429: "Too many requests wait, or the key has used what it may use.",
     503: "The server is being stopped.",
 }
-# After how many seconds a client may try again.
-_RETRY_SECONDS = {429: "1", 503: "5"}
 
 
-def make_app(desk: Desk, *, version: str, most_body_bytes: int) -> FastAPI:
+@dataclass(frozen=True, slots=True)
+class Face:
+    """How the application shows itself. body_seconds: in which a body has to come. cors: origins of web pages that may
+    ask; `*` is any.
+    """
+
+    version: str
+    most_body_bytes: int
+    body_seconds: float = 60.0
+    cors: tuple[str, ...] = ()
+
+
+def make_app(desk: Desk, face: Face) -> FastAPI:
     """The application over one server."""
     app = FastAPI(
         title="Tenon",
-        version=version,
+        version=face.version,
         summary="Many LoRA adapters over one resident base, behind OpenAI's API.",
         docs_url=None,
         redoc_url=None,
         responses={status: {"model": ErrorBody, "description": text} for status, text in _ERRORS.items()},
     )
-    app.add_exception_handler(ApiError, _on_api_error)
-    app.add_exception_handler(TenonError, _on_tenon_error(desk))
-    app.add_exception_handler(RequestValidationError, _on_invalid)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_middleware(BodyBound, most_bytes=most_body_bytes)
+    tell_errors(app, desk.names.root)
+    app.add_middleware(BodyBound, most_bytes=face.most_body_bytes, seconds=face.body_seconds)
     app.add_middleware(Counted, metrics=desk.gate.metrics)
+    if face.cors:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=face.cors,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", REQUEST_ID],
+        )
+    app.add_middleware(Named)
     app.include_router(chat_routes(desk))
     app.include_router(completion_routes(desk))
     app.include_router(_model_routes(desk))
@@ -120,43 +134,3 @@ def _state_routes(desk: Desk) -> APIRouter:
         return Response(desk.gate.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
-
-
-# ---- errors ------------------------------------------------------------------------------------------------------
-
-
-def _reply(error: ApiError) -> JSONResponse:
-    retry = _RETRY_SECONDS.get(error.status) if error.code != "insufficient_quota" else None
-    if error.retry_seconds is not None:
-        retry = str(math.ceil(error.retry_seconds))
-    headers = {} if retry is None else {"Retry-After": retry}
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
-
-
-async def _on_api_error(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return _reply(error)
-
-
-def _on_tenon_error(desk: Desk) -> Callable[[Request, Exception], Awaitable[Response]]:
-    """Errors of the package, without the places on this machine that they name."""
-
-    async def reply(_request: Request, error: Exception) -> Response:
-        assert isinstance(error, TenonError)
-        told = as_api_error(error)
-        message = told.message.replace(f"{desk.names.root}/", "")
-        return _reply(ApiError(told.status, message, code=told.code, param=told.param))
-
-    return reply
-
-
-async def _on_invalid(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return _reply(validation_error(error.errors()))
-
-
-async def _on_http_error(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return _reply(ApiError(error.status_code, str(error.detail)))

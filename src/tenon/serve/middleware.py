@@ -1,35 +1,83 @@
-"""Around every request: bodies have a largest size, and answers are counted. This module does not know the routes."""
+"""Around every request: a name of its own, bodies that are bounded in size and time, answers that are counted.
+
+This module does not know the routes.
+"""
 
 from __future__ import annotations
+
+import asyncio
+import re
+import secrets
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tenon.serve.metrics import Metrics
 
+REQUEST_ID = "x-request-id"
+# What clients may call a request; anything else would be a way to write into logs.
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
-class BodyBound:
-    """Refuses bodies of more than `most_bytes` with 413, at the latest when the byte too many comes."""
 
-    def __init__(self, app: ASGIApp, most_bytes: int) -> None:
-        self._app, self._most = app, most_bytes
+class Named:
+    """Gives every request a name, the client's own where it brings a plain one, and sends it back with the answer.
+
+    HEAD is answered as GET, of which the server sends the head.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        taken = 0
+        brought = next((value for name, value in scope["headers"] if name == REQUEST_ID.encode()), b"")
+        plain = _REQUEST_ID.fullmatch(brought) is not None
+        name = brought.decode("ascii") if plain else f"req-{secrets.token_hex(12)}"
+        scope.setdefault("state", {})["request_id"] = name
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (REQUEST_ID.encode(), name.encode("ascii"))]
+            await send(message)
+
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        await self._app({**scope, "method": method}, receive, named)
+
+
+class BodyBound:
+    """Refuses bodies of more than `most_bytes` with 413, at the latest when the byte too many comes, and with 408 those
+    that take longer than `seconds`.
+    """
+
+    def __init__(self, app: ASGIApp, most_bytes: int, seconds: float) -> None:
+        self._app, self._most, self._seconds = app, most_bytes, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        taken, whole, deadline = 0, False, asyncio.get_running_loop().time() + self._seconds
         announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
 
         async def bounded() -> Message:
-            nonlocal taken
+            nonlocal taken, whole
+            if whole:  # what comes now is that the client goes away, whenever that is
+                return await receive()
             if announced.isdigit() and int(announced) > self._most:
                 raise self._refusal()
-            message = await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"a body has to come within {self._seconds:.0f} seconds") from None
             taken += len(message.get("body", b""))
             if taken > self._most:
                 raise self._refusal()
+            whole = not message.get("more_body", False)
             return message
 
         await self._app(scope, bounded, send)

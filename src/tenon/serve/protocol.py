@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 MOST_STOPS = 16
 MOST_SEQUENCES = 128
 MOST_TOP_LOGPROBS = 20
+MOST_FIELDS = 1024
 _SEEDS = 2**63
 
 
@@ -31,13 +32,30 @@ Text = Annotated[str, AfterValidator(_whole)]
 StopText = Annotated[Text, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0)]
 _T = TypeVar("_T")
-_Several = Annotated[list[_T], Field(min_length=1)]
+# A list is refused at its first fault: a body of a few megabytes can have a million, and each would be told.
+_Each = Annotated[list[_T], Field(fail_fast=True)]
+_Several = Annotated[list[_T], Field(min_length=1, fail_fast=True)]
+
+
+def _few_fields(value: Any) -> Any:
+    """Refuse objects of very many fields before each of them is looked at."""
+    if isinstance(value, dict) and len(value) > MOST_FIELDS:
+        raise PydanticCustomError("too_many_fields", "an object has at most {most} fields", {"most": MOST_FIELDS})
+    return value
+
+
+_ByName = Annotated[dict[str, _T], BeforeValidator(_few_fields)]
 
 
 class ApiModel(BaseModel):
     """A JSON object of the API: no unknown field, no number in quotes."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bound_fields(cls, value: Any) -> Any:
+        return _few_fields(value)
 
 
 class StreamOptions(ApiModel):
@@ -58,10 +76,10 @@ class ChatMessage(ApiModel):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart] | None = None
+    content: Text | _Each[TextPart] | None = None
     name: Text | None = None
     reasoning_content: Text | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: _Each[dict[str, Any]] | None = None
     tool_call_id: Text | None = None
     refusal: Text | None = None
 
@@ -85,7 +103,7 @@ class _Asked(ApiModel):
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-_SEEDS, lt=_SEEDS)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_SEQUENCES)] | None = None
     ignore_eos: bool = False
     # Without effect here.
@@ -93,7 +111,7 @@ class _Asked(ApiModel):
     # Refused unless they say what happens anyway.
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: _ByName[float] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -118,20 +136,20 @@ class _Asked(ApiModel):
 class ChatRequest(_Asked):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: _Several[ChatMessage]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     # Without effect here.
-    metadata: dict[str, str] | None = None
+    metadata: _ByName[str] | None = None
     store: bool | None = None
     service_tier: Text | None = None
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None
     # Refused unless they say what happens anyway.
     response_format: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: _Each[dict[str, Any]] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
 

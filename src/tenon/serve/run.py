@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 
 import uvicorn
@@ -23,7 +23,8 @@ from fastapi import FastAPI
 from tenon.data.tokenizer import ChatTokenizer
 from tenon.errors import UsageError
 from tenon.serve.access import Access
-from tenon.serve.app import make_app
+from tenon.serve.app import Face, make_app
+from tenon.serve.connections import Bounds, connection_class
 from tenon.serve.desk import Desk
 from tenon.serve.gate import Gate
 from tenon.serve.jobs import Deliver, Engines, Event, Mailbox
@@ -31,6 +32,7 @@ from tenon.serve.metrics import Metrics
 from tenon.serve.names import Names
 
 _POLL_SECONDS = 0.02
+_SEND_BYTES = 1 << 17
 # Connections that are still being written to when everything has ended get so long.
 _LAST_WRITES_SECONDS = 5
 
@@ -48,6 +50,8 @@ class Options:
     fingerprint: str
     vocabulary: int
     version: str
+    cors: tuple[str, ...] = ()
+    bounds: Bounds = field(default_factory=Bounds)
 
 
 class _Outlet:
@@ -71,7 +75,10 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one. Raises UsageError usage-address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listening = socket.create_server((host, port), family=family, backlog=2048)
+        # Connections have it from here. The kernel would else take megabytes for each client that does not read.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
+        return listening
     except (OSError, OverflowError) as error:
         raise UsageError(
             "usage-address",
@@ -104,8 +111,8 @@ class Server:
         self.engine = make_engines(outlet)
         self.gate = Gate(self.engine, tokenizer, Metrics(self.engine), most=self.engine.limits.rows + options.queue)
         desk = Desk(self.gate, names, options.fingerprint, options.vocabulary, access)
-        app = make_app(desk, version=options.version, most_body_bytes=options.most_body_bytes)
-        self._http = HttpThread(app, self.gate, listening, outlet, drain_seconds=options.drain_seconds)
+        face = Face(options.version, options.most_body_bytes, options.bounds.body_seconds, options.cors)
+        self._http = HttpThread(make_app(desk, face), self.gate, listening, outlet, options)
 
     def start(self) -> None:
         """Begin to take requests; they are answered once `work` runs."""
@@ -145,14 +152,16 @@ def stopped_by_signals(server: Server) -> Iterator[None]:
 class HttpThread:
     """The HTTP server in its thread. When it ends, the engine is stopped."""
 
-    def __init__(
-        self, app: FastAPI, gate: Gate, listening: socket.socket, outlet: _Outlet, *, drain_seconds: float
-    ) -> None:
-        self._gate, self._listening, self._outlet, self._drain_seconds = gate, listening, outlet, drain_seconds
+    def __init__(self, app: FastAPI, gate: Gate, listening: socket.socket, outlet: _Outlet, options: Options) -> None:
+        self._gate, self._listening, self._outlet = gate, listening, outlet
+        self._drain_seconds = options.drain_seconds
         config = uvicorn.Config(
             app,
+            http=connection_class(options.bounds),
+            ws="none",
             lifespan="off",
             log_config=None,
+            log_level="error",  # what clients send wrong is no news
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=_LAST_WRITES_SECONDS,
