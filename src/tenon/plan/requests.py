@@ -139,8 +139,8 @@ class ServeRequest(Value):
     name: what clients call the base. port: 0 takes a free one. slots: adapters in the bank at a time. rows: most
     sequences at a time. context_tokens: the longest, prompt and answer together. cache_bytes: of all keys and values;
     when they are full, the youngest sequence waits. queue: sequences that may wait besides. drain_seconds: what runs
-    may take so long to finish. foreign: who makes the sequences instead of this package. cors: origins of web pages that
-    may ask, `*` for any.
+    may take so long to finish. foreign: who makes the sequences instead of this package. cors: origins of web pages
+    that may ask, `*` for any.
     Event: `ready` {url, name, rows, context_tokens, slots}.
     """
 
