@@ -14,7 +14,88 @@ from transformers import (
 
 from tenon.errors import UsageError
 from tenon.infer.requests import Request
-from tenon.infer.sampling import Draw, kept_tokens, sample, uniform
+from tenon.infer import sampling
+from tenon.infer.sampling import Draw, uniform
+
+
+def kept_tokens(logits_V: torch.Tensor, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
+    """The plain reference: ids and probabilities of what the limits leave, one row, all of it sorted."""
+    scores_V, ids_V = ((logits_V.double() - logits_V.max()) / request.temperature).sort(descending=True, stable=True)
+    if request.top_k:
+        scores_V, ids_V = scores_V[: request.top_k], ids_V[: request.top_k]
+    probabilities_V = scores_V.softmax(dim=0)
+    keep_V = probabilities_V.cumsum(0) - probabilities_V < request.top_p
+    keep_V &= probabilities_V >= request.min_p * probabilities_V[0]
+    keep_V[0] = True
+    return ids_V[keep_V], probabilities_V[keep_V] / probabilities_V[keep_V].sum()
+
+
+def drawn_plainly(logits_V: torch.Tensor, draw: Draw) -> int:
+    """The token that one row draws."""
+    ids_V, probabilities_V = kept_tokens(logits_V, draw.request)
+    edges_V = probabilities_V.cumsum(0)
+    point = uniform(draw.request.seed, draw.position) * float(edges_V[-1])
+    index = int(torch.searchsorted(edges_V, torch.tensor(point, dtype=torch.float64), right=True))
+    return int(ids_V[min(index, len(ids_V) - 1)])
+
+
+def sample(logits_SV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+    """What the engine does: the quick way, and the whole vocabulary for what that leaves open."""
+    chosen = sampling.sample(logits_SV, draws)
+    rest = torch.nonzero(~chosen.settled_S).squeeze(-1)
+    if len(rest):
+        chosen.ids_S[rest] = sampling.sample_rest(logits_SV, draws, rest.tolist())
+    return chosen.ids_S
+
+
+RULES: list[dict[str, float]] = [
+    {},
+    {"temperature": 0.0},
+    {"temperature": 0.6},
+    {"temperature": 1.9},
+    {"top_k": 1},
+    {"top_k": 7, "temperature": 1.4},
+    {"top_k": 129},
+    {"top_k": 2500},
+    {"top_p": 0.3},
+    {"top_p": 0.97},
+    {"top_p": 0.9999},
+    {"min_p": 0.05},
+    {"min_p": 1.0},
+    {"min_p": 1e-9},
+    {"top_k": 600, "top_p": 0.99, "min_p": 1e-4, "temperature": 2.0},
+    {"temperature": 1e-300},
+]
+
+
+@pytest.mark.parametrize("vocabulary", [40, 128, 3001, 6000])
+@pytest.mark.parametrize("kind", ["peaked", "flat", "coarse", "equal"])
+def test_rows_drawn_together_are_those_drawn_one_by_one(kind: str, vocabulary: int) -> None:
+    """coarse: many scores are equal, as in bfloat16; equal: all are."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn((25 * len(RULES), vocabulary), generator=generator)
+    logits *= {"peaked": 6.0, "flat": 0.3, "coarse": 2.0, "equal": 0.0}[kind]
+    logits = logits.round() if kind == "coarse" else logits
+    draws = [Draw(_request(**RULES[i % len(RULES)], seed=i % 7), i) for i in range(len(logits))]
+    expected = [
+        drawn_plainly(row, draw) if draw.request.temperature else int(row.argmax())
+        for row, draw in zip(logits, draws, strict=True)
+    ]
+    assert sample(logits, draws).tolist() == expected
+    settled = sampling.sample(logits, draws).settled_S
+    if vocabulary <= 128:
+        assert settled.all()
+    elif kind == "peaked":
+        assert 0.6 < settled.float().mean() < 1.0  # both ways were taken
+
+
+def test_what_is_not_drawn_and_what_is_not_finite_stops_nobody() -> None:
+    logits = torch.randn((4, 900), generator=torch.Generator().manual_seed(5))
+    logits[1, 3], logits[2] = float("nan"), float("inf")
+    draws = [Draw(_request(seed=1), 3), Draw(_request(), 3), Draw(_request(), 3), Draw(_request(seed=1), 3, drawn=False)]
+    found = sample(logits, draws)
+    assert found[0] == drawn_plainly(logits[0], draws[0]) and found[3] == logits[3].argmax()
+    assert ((found >= 0) & (found < 900)).all()
 
 
 def _request(**changes: float) -> Request:
@@ -25,6 +106,9 @@ def _request(**changes: float) -> Request:
         top_k=int(changes.get("top_k", 0)),
         min_p=changes.get("min_p", 0.0),
         seed=int(changes.get("seed", 0)),
+        presence_penalty=changes.get("presence_penalty", 0.0),
+        frequency_penalty=changes.get("frequency_penalty", 0.0),
+        repetition_penalty=changes.get("repetition_penalty", 1.0),
     )
 
 
@@ -64,8 +148,8 @@ def test_limits_keep_what_transformers_keeps(limits: dict[str, float]) -> None:
 
 
 def test_top_k_takes_the_lowest_of_equal_ids() -> None:
-    ids, _ = kept_tokens(torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0]), _request(top_k=3))
-    assert ids.tolist() == [1, 3, 0]
+    logits = torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0]).repeat(200, 1)
+    assert set(sample(logits, [Draw(_request(top_k=3), i) for i in range(200)]).tolist()) == {0, 1, 3}
 
 
 def test_draws_follow_the_probabilities() -> None:
@@ -101,6 +185,9 @@ def test_a_tiny_temperature_is_greedy() -> None:
         {"top_k": -1},
         {"min_p": 2.0},
         {"temperature": float("nan")},
+        {"presence_penalty": float("nan")},
+        {"frequency_penalty": float("inf")},
+        {"repetition_penalty": 0.0},
     ],
 )
 def test_limits_out_of_range_are_refused(bad: dict[str, float]) -> None:

@@ -23,7 +23,6 @@ from tenon.data.pack import list_routes, slot_routes, upload
 from tenon.infer.logits import Scored, not_finite, score_positions
 from tenon.infer.requests import Completion, OnFailure, OnFinish, OnToken, Request, Token
 from tenon.infer.rows import EngineStats, Row, Taken
-from tenon.infer.sampling import Draw
 from tenon.models.blocks import BlockKey, block_keys
 from tenon.models.cache import KvCache
 from tenon.models.decoder import Bank, Decoder
@@ -225,12 +224,12 @@ class Engine:
             for offset in range(first, len(taken.ids)):
                 position = taken.position + offset + 1
                 wanted.append(start + offset)
-                draws.append(Draw(request, position, drawn=position >= len(request.prompt_ids)))
+                draws.append(row.draw_at(position))
                 labels.append(_known_token(request, position))
             spans.append(max(len(taken.ids) - first, 0))
             start += len(taken.ids)
-        hidden_SD = hidden_TD[torch.tensor(wanted, device=hidden_TD.device, dtype=torch.int64)]
-        scored = score_positions(self._decoder, hidden_SD, draws, labels)
+        (wanted_S,) = upload([np.array(wanted, dtype=np.int64)], hidden_TD.device)
+        scored = score_positions(self._decoder, hidden_TD[wanted_S], draws, labels)
         if self._on_failure is None and False in scored.finite:
             raise not_finite(draws[scored.finite.index(False)].request.slot)
         at = 0
@@ -269,8 +268,7 @@ class Engine:
         if token.id in row.request.stop_ids:
             row.finish = "stop"
             return
-        row.ids.append(token.id)
-        row.logprobs.append(token.logprob)
+        row.take(token)
         if self._on_token is not None and self._on_token(row.index, token) is False:
             row.finish, row.feed = "cancelled", []
         elif len(row.ids) >= row.request.max_new_tokens:

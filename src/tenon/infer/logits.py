@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tenon.batch import NO_SLOT
+from tenon.batch import IGNORE, NO_SLOT
+from tenon.data.pack import upload
 from tenon.errors import AdapterError, BaseModelError, TenonError
-from tenon.infer.sampling import Draw, sample
+from tenon.infer.penalties import penalised
+from tenon.infer.sampling import Draw, sample, sample_rest
 from tenon.models.decoder import Decoder
 
 # Bytes of fp32 scores that are held at once: large enough for full matrix speed.
@@ -33,37 +36,56 @@ class Scored:
     finite: list[bool] = field(default_factory=list)
 
 
-def score_positions(decoder: Decoder, hidden_SD: Tensor, draws: list[Draw], labels: list[int]) -> Scored:
-    """draws: whose rules apply to each position. labels: the token that is known to follow there, or IGNORE."""
+def score_positions(decoder: Decoder, hidden_SD: Tensor, draws: Sequence[Draw], labels: Sequence[int]) -> Scored:
+    """draws: whose rules apply to each position. labels: the token that is known to follow there, or IGNORE.
+
+    Whatever a request does to the choice, log probabilities are the model's own. What is found comes back from the
+    device in one piece, and again only for draws that the likeliest tokens do not settle.
+    """
     rows = max(1, _SCORE_BYTES // (4 * decoder.facts.vocab))
     scored = Scored()
     for start in range(0, len(draws), rows):
         part = slice(start, start + rows)
-        logits_SV = decoder.logits(hidden_SD[part]).float()
-        chosen_S = sample(logits_SV, draws[part])
-        both_S2 = torch.stack([chosen_S, torch.tensor(labels[part], device=chosen_S.device).clamp(min=0)], dim=1)
-        logprobs_S2 = logits_SV.gather(1, both_S2) - logits_SV.logsumexp(dim=-1, keepdim=True)
-        scored.ids.extend(chosen_S.tolist())
-        scored.logprobs.extend(logprobs_S2[:, 0].tolist())
-        scored.known_logprobs.extend(logprobs_S2[:, 1].tolist())
-        scored.tops.extend(_likeliest(logits_SV, draws[part]))
-        scored.finite.extend(torch.isfinite(logprobs_S2).all(dim=1).tolist())
+        _score_part(decoder.logits(hidden_SD[part]).float(), draws[part], labels[part], scored)
     return scored
 
 
-def _likeliest(logits_SV: Tensor, draws: Sequence[Draw]) -> list[tuple[tuple[int, float], ...]]:
-    """For each position the likeliest tokens with their log probabilities, as many as its request wants."""
-    found: list[tuple[tuple[int, float], ...]] = [()] * len(draws)
-    wanting = [s for s, draw in enumerate(draws) if draw.request.top_logprobs]
-    if not wanting:
-        return found
-    scores_SV = logits_SV[torch.tensor(wanting, device=logits_SV.device)]
-    most = min(max(draws[s].request.top_logprobs for s in wanting), scores_SV.shape[1])
-    top = scores_SV.topk(most)
-    logprobs_SK = (top.values - scores_SV.logsumexp(dim=-1, keepdim=True)).tolist()
-    for s, ids, logprobs in zip(wanting, top.indices.tolist(), logprobs_SK, strict=True):
-        found[s] = tuple(zip(ids, logprobs, strict=True))[: draws[s].request.top_logprobs]
-    return found
+def _score_part(logits_SV: Tensor, draws: Sequence[Draw], labels: Sequence[int], scored: Scored) -> None:
+    """Add what the scores of some positions say."""
+    asked = [(draw.request, draw.seen) if draw.drawn else None for draw in draws]
+    steered_SV = penalised(logits_SV, asked)
+    chosen = sample(steered_SV, draws)
+    mass_S1 = logits_SV.logsumexp(dim=-1, keepdim=True)
+    columns = [chosen.ids_S[:, None], chosen.settled_S[:, None], _logprobs(logits_SV, chosen.ids_S, mass_S1)]
+    if any(label != IGNORE for label in labels):
+        (labels_S,) = upload([np.array(labels).clip(min=0)], logits_SV.device)
+        columns.append(_logprobs(logits_SV, labels_S, mass_S1))
+    else:
+        columns.append(columns[-1])
+    most = min(max(draw.request.top_logprobs for draw in draws), logits_SV.shape[1])
+    if most:
+        top = logits_SV.topk(most)
+        columns += [top.indices, top.values - mass_S1]
+    # Ids, flags and fp32 numbers are exact in float64.
+    found = torch.cat([column.double() for column in columns], dim=1).cpu().numpy()
+    rest = np.flatnonzero(found[:, 1] == 0)
+    if len(rest):
+        ids_R = sample_rest(steered_SV, draws, rest.tolist())
+        (rest_R,) = upload([rest], logits_SV.device)
+        logprobs_R1 = _logprobs(logits_SV[rest_R], ids_R, mass_S1[rest_R])
+        found[rest[:, None], [0, 2]] = torch.cat([ids_R[:, None].double(), logprobs_R1.double()], dim=1).cpu().numpy()
+    scored.ids.extend(found[:, 0].astype(np.int64).tolist())
+    scored.logprobs.extend(found[:, 2].tolist())
+    scored.known_logprobs.extend(found[:, 3].tolist())
+    scored.finite.extend(bool(finite) for finite in np.isfinite(found[:, 2:4]).all(axis=1))
+    ids, logprobs = found[:, 4 : 4 + most].astype(np.int64).tolist(), found[:, 4 + most :].tolist()
+    for draw, row_ids, row_logprobs in zip(draws, ids, logprobs, strict=True):
+        scored.tops.append(tuple(zip(row_ids, row_logprobs, strict=True))[: draw.request.top_logprobs])
+
+
+def _logprobs(logits_SV: Tensor, ids_S: Tensor, mass_S1: Tensor) -> Tensor:
+    """(S, 1): log probability of one token at each position. mass: of all tokens there, as a logarithm."""
+    return logits_SV.gather(1, ids_S[:, None]) - mass_S1
 
 
 def not_finite(slot: int) -> TenonError:

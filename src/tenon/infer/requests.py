@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from math import inf, isfinite
 from typing import Literal, Protocol
 
 from tenon.batch import NO_SLOT
@@ -23,6 +24,11 @@ class Request:
     temperature 0 is greedy: the likeliest token, of equal ones the lowest id; the other limits then do nothing.
     top_k: only the k likeliest (0 = all). top_p: only the likeliest that together reach this probability. min_p: only
     those with at least this share of the likeliest one's probability. All three apply after the temperature.
+    presence_penalty, frequency_penalty: taken from the scores of tokens that the answer has, once, and once for each
+    time that it has them. repetition_penalty: scores of tokens that prompt or answer have are divided by it where they
+    are positive, multiplied where they are negative. logit_bias: (token id, what is added to its score), each id once.
+    They apply before the temperature, and to the greedy choice too; log probabilities that are reported stay the
+    model's own.
     seed: with the token's position it decides every draw; the company in the batch does not.
     draft_ids: a guess of the answer (the expected one, in evaluation). It changes nothing in the answer, is checked
     in one pass together with the prompt, and its log probabilities are reported.
@@ -38,6 +44,10 @@ class Request:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Sequence[tuple[int, float]] = ()
     seed: int = 0
     draft_ids: Sequence[int] = ()
     top_logprobs: int = 0
@@ -54,6 +64,10 @@ class Request:
             ("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0, at most 1"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (all tokens) or more"),
             ("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "from 0 to 1"),
+            ("presence_penalty", self.presence_penalty, isfinite(self.presence_penalty), "any finite number"),
+            ("frequency_penalty", self.frequency_penalty, isfinite(self.frequency_penalty), "any finite number"),
+            ("repetition_penalty", self.repetition_penalty, 0.0 < self.repetition_penalty < inf, "above 0 (1 is none)"),
+            ("logit_bias", len(self.logit_bias), self._good_bias, "finite numbers, each token once"),
             ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
             ("top_logprobs", self.top_logprobs, self.top_logprobs >= 0, "0 (none) or more"),
         )
@@ -62,6 +76,16 @@ class Request:
                 raise UsageError(
                     "usage-sampling", f"{name} is out of range", got=str(value), hint=f"{name} is {range_text}"
                 )
+
+    @property
+    def penalises(self) -> bool:
+        """Whether it matters which tokens were there before."""
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
+    @property
+    def _good_bias(self) -> bool:
+        ids = {token for token, _ in self.logit_bias}
+        return len(ids) == len(self.logit_bias) and all(t >= 0 and isfinite(value) for t, value in self.logit_bias)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from tenon.errors import TenonError
+from tenon.infer.penalties import Seen, seen_by
 from tenon.infer.requests import Completion, FinishReason, Request, Token
+from tenon.infer.sampling import Draw
 
 
 @dataclass(slots=True)
@@ -20,7 +22,7 @@ class Row:
     drafting: whether what is fed is still the prompt and its draft.
     open: whether the next scored token may join the answer. It closes where the draft parts from the answer: what
     follows there is scored for the draft alone, and the cache is then cut back to the answer.
-    error: why it cannot go on.
+    error: why it cannot go on. seen: what the request's penalties count; it stays when the row gives its memory back.
     """
 
     index: int
@@ -38,6 +40,26 @@ class Row:
     draft_logprobs: list[float] = field(default_factory=list)
     prompt: list[Token] = field(default_factory=list)
     error: TenonError | None = None
+    seen: Seen | None = None
+
+    def __post_init__(self) -> None:
+        """Begin to count what the request's penalties count."""
+        self.seen = seen_by(self.request, ())
+
+    def draw_at(self, position: int) -> Draw:
+        """How the token at a position of the sequence is chosen."""
+        request, seen = self.request, self.seen
+        after = position - len(request.prompt_ids)
+        if seen is not None and after > len(self.ids):  # only a draft is fed ahead of the answer
+            seen = seen_by(request, request.draft_ids[:after])
+        return Draw(request, position, drawn=after >= 0, seen=seen)
+
+    def take(self, token: Token) -> None:
+        """The answer has one more token."""
+        self.ids.append(token.id)
+        self.logprobs.append(token.logprob)
+        if self.seen is not None:
+            self.seen.add(token.id)
 
     @property
     def owner(self) -> Hashable:

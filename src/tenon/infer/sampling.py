@@ -1,9 +1,11 @@
 """The next token from its scores: greedy, or drawn from what temperature, top-k, top-p and min-p leave.
 
 A draw uses one uniform number, made by counter from the request's (seed, position): the same request gives the same
-tokens alone, in any batch, and after a restart.
+tokens alone, in any batch, and after a restart. It walks the tokens from the likeliest down, of equal ones the lowest
+id first. Sorting a whole vocabulary for that costs more than a small model's pass, so the likeliest tokens are looked
+at first, and all of them only for a row whose draw they do not settle.
 
-Shape legend: S scored positions, V vocabulary. This module knows no cache and no rows.
+Shape legend: S scored positions, R of them that are drawn, V vocabulary, C candidates. This module knows no cache.
 """
 
 from __future__ import annotations
@@ -11,69 +13,152 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tenon.data.pack import upload
+from tenon.infer.penalties import Seen
 from tenon.infer.requests import Request
 
 _MASK64 = (1 << 64) - 1
+# So many of the likeliest tokens are looked at, one number after the other, until they settle a draw: what is quick to
+# find (a CPU's topk is slow beyond 128), and what leaves little to be sorted.
+_CANDIDATES = {"cpu": (128, 4096), "cuda": (1024, 16_384)}
+# Temperatures below are greedy: fp32 divides by no less.
+_LEAST_TEMPERATURE = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
     """Whose rules apply to one scored position, and its place in the sequence (the prompt's first token is 0).
 
-    drawn: False where the token is known already and only scored: nothing is drawn then.
+    drawn: False where the token is known already and only scored: nothing is drawn then. seen: what the request's
+    penalties count there.
     """
 
     request: Request
     position: int
     drawn: bool = True
+    seen: Seen | None = None
 
 
-def sample(logits_SV: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """(S) int64 token ids, one for each position."""
-    chosen_S = logits_SV.argmax(dim=-1)  # torch takes the first of equal ones: the lowest id
-    drawn = [i for i, draw in enumerate(draws) if draw.drawn and draw.request.temperature > 0.0]
-    for i in drawn:
-        chosen_S[i] = _sample_one(logits_SV[i], draws[i])
-    return chosen_S
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """ids_S (int64): one token for each position. settled_S (bool): where it is certain; `sample_rest` does the rest.
+
+    Both stay on the device: to look at them is to wait for it.
+    """
+
+    ids_S: Tensor
+    settled_S: Tensor
 
 
-def _sample_one(logits_V: Tensor, draw: Draw) -> int:
-    ids_V, probabilities_V = kept_tokens(logits_V, draw.request)
-    edges_V = probabilities_V.cumsum(0)
-    point = uniform(draw.request.seed, draw.position) * float(edges_V[-1])
-    index = int(
-        torch.searchsorted(edges_V, torch.tensor(point, dtype=edges_V.dtype, device=edges_V.device), right=True)
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """Columns (R, 1) of the drawn rows: limits, and each row's uniform number. top_k: 0 is all."""
+
+    temperature_R1: Tensor
+    top_p_R1: Tensor
+    top_k_R1: Tensor
+    min_p_R1: Tensor
+    uniform_R1: Tensor
+
+
+def sample(logits_SV: Tensor, draws: Sequence[Draw]) -> Chosen:
+    """One token for each position, without waiting for the device."""
+    ids_S = logits_SV.argmax(dim=-1)  # torch takes the first of equal ones: the lowest id
+    settled_S = torch.ones_like(ids_S, dtype=torch.bool)
+    drawn = [s for s, draw in enumerate(draws) if draw.drawn and draw.request.temperature > 0.0]
+    if drawn:
+        rows_R, rules = _rules(drawn, draws, logits_SV.device)
+        ids_S[rows_R], settled_S[rows_R] = _draw(logits_SV[rows_R], rules, _candidates(logits_SV)[0])
+    return Chosen(ids_S, settled_S)
+
+
+def sample_rest(logits_SV: Tensor, draws: Sequence[Draw], rest: Sequence[int]) -> Tensor:
+    """(R) ids of the positions `rest`, which `sample` left unsettled: from more of the vocabulary, or all of it."""
+    found_R = torch.zeros(len(rest), dtype=torch.int64, device=logits_SV.device)
+    left = list(range(len(rest)))
+    for candidates in _candidates(logits_SV)[1:]:
+        rows_R, rules = _rules([rest[r] for r in left], draws, logits_SV.device)
+        ids_R, settled_R = _draw(logits_SV[rows_R], rules, candidates)
+        (left_R,) = upload([np.array(left)], logits_SV.device)
+        found_R[left_R] = ids_R
+        left = [r for r, settled in zip(left, settled_R.tolist(), strict=True) if not settled]
+        if not left or candidates == logits_SV.shape[1]:
+            break
+    return found_R
+
+
+def _candidates(logits_SV: Tensor) -> list[int]:
+    """How many of the likeliest tokens are looked at, at first and then; at last all."""
+    steps = _CANDIDATES.get(logits_SV.device.type, _CANDIDATES["cuda"])
+    return [*(count for count in steps if count < logits_SV.shape[1]), logits_SV.shape[1]]
+
+
+def _rules(rows: Sequence[int], draws: Sequence[Draw], device: torch.device) -> tuple[Tensor, _Rules]:
+    """The rows' indices and their rules, by one copy to the device."""
+    requests = [draws[s].request for s in rows]
+    floats = (
+        [request.temperature for request in requests],
+        [request.top_p for request in requests],
+        [request.min_p for request in requests],
+        [uniform(draws[s].request.seed, draws[s].position) for s in rows],
     )
-    return int(ids_V[min(index, len(ids_V) - 1)])
+    whole = (np.array(rows), np.array([request.top_k for request in requests]))
+    bits = [np.array(column, dtype=np.float64).view(np.int64) for column in floats]
+    rows_R, top_k_R, *rest = upload([*whole, *bits], device)
+    temperature, top_p, min_p, drawn = (each.view(torch.float64)[:, None] for each in rest)
+    return rows_R, _Rules(temperature, top_p, top_k_R[:, None], min_p, drawn)
 
 
-def kept_tokens(logits_V: Tensor, request: Request) -> tuple[Tensor, Tensor]:
-    """Ids and float64 probabilities of the tokens that the request's limits leave, likeliest first, summing to 1.
+def _draw(logits_RV: Tensor, rules: _Rules, candidates: int) -> tuple[Tensor, Tensor]:
+    """(ids_R, settled_R) from the likeliest so many tokens, added up in float64, as the probabilities of a tail need it.
 
     Order: temperature, top-k, top-p (over what top-k left), min-p. The likeliest token always stays.
     """
-    scores_V = (logits_V.double() - logits_V.max()) / request.temperature  # from 0 down: no overflow when it is tiny
-    if 0 < request.top_k < len(scores_V):
-        scores_V, ids_V = _top(scores_V, request.top_k)
-    else:
-        scores_V, ids_V = scores_V.sort(descending=True, stable=True)
-    probabilities_V = scores_V.softmax(dim=0)
-    keep_V = probabilities_V.cumsum(0) - probabilities_V < request.top_p
-    keep_V &= probabilities_V >= request.min_p * probabilities_V[0]
-    keep_V[0] = True
-    kept_V = probabilities_V[keep_V]
-    return ids_V[keep_V], kept_V / kept_V.sum()
+    vocabulary = logits_RV.shape[1]
+    ids_RC, logits_RC, certain_R1 = _likeliest(logits_RV, candidates)
+    highest_R1 = logits_RC[:, :1].double()
+    weights_RC = ((logits_RC.double() - highest_R1) / rules.temperature_R1).exp()  # at most 1: no overflow
+    top_k_R1 = torch.where((rules.top_k_R1 > 0) & (rules.top_k_R1 < vocabulary), rules.top_k_R1, vocabulary)
+    at_C = torch.arange(candidates, device=ids_RC.device)
+    inside_RC = at_C < torch.minimum(top_k_R1, certain_R1)
+    least_R1 = rules.temperature_R1.clamp(min=_LEAST_TEMPERATURE).float()
+    all_R1 = (logits_RV - logits_RC[:, :1]).div_(least_R1).exp_().sum(dim=1, keepdim=True, dtype=torch.float64)
+    some_R1 = (weights_RC * inside_RC).sum(dim=1, keepdim=True)
+    limited_R1 = top_k_R1 <= certain_R1  # what top-k leaves is among the candidates
+    probabilities_RC = weights_RC / torch.where(limited_R1, some_R1, all_R1)
+    before_RC = probabilities_RC.cumsum(dim=1) - probabilities_RC
+    kept_RC = inside_RC & (before_RC < rules.top_p_R1) & (probabilities_RC >= rules.min_p_R1 * probabilities_RC[:, :1])
+    kept_RC[:, 0] = True
+    edges_RC = (probabilities_RC * kept_RC).cumsum(dim=1)
+    count_R1 = kept_RC.sum(dim=1, keepdim=True)
+    # Closed: the last token that the limits leave is among the candidates. Without limits the mass is known anyway.
+    unlimited_R1 = top_k_R1 == vocabulary
+    closed_R1 = limited_R1 | (unlimited_R1 & (count_R1 < certain_R1))
+    free_R1 = unlimited_R1 & (rules.top_p_R1 == 1.0) & (rules.min_p_R1 == 0.0)
+    point_R1 = rules.uniform_R1 * torch.where(closed_R1, edges_RC[:, -1:], 1.0)
+    settled_R1 = (certain_R1 > 0) & (closed_R1 | (free_R1 & (point_R1 < edges_RC[:, -1:])))
+    index_R1 = torch.minimum((edges_RC <= point_R1).sum(dim=1, keepdim=True), count_R1 - 1)
+    return ids_RC.gather(1, index_R1)[:, 0], settled_R1[:, 0]
 
 
-def _top(scores_V: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` highest scores with their ids, of equal ones the lowest ids (topk alone does not promise which)."""
-    threshold = scores_V.topk(count).values[-1]
-    ids_C = torch.nonzero(scores_V >= threshold).squeeze(-1)
-    ordered_C = scores_V[ids_C].sort(descending=True, stable=True)
-    return ordered_C.values[:count], ids_C[ordered_C.indices[:count]]
+def _likeliest(logits_RV: Tensor, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids_RC, logits_RC, certain_R1): the likeliest tokens in order, of equal ones the lowest ids first.
+
+    certain: so many of them are the right ones. (topk does not promise which of equal ones it takes, so those that
+    equal its last are not.)
+    """
+    vocabulary = logits_RV.shape[1]
+    if candidates == vocabulary:
+        logits_RC, ids_RC = logits_RV.sort(dim=1, descending=True, stable=True)
+        return ids_RC, logits_RC, torch.full_like(ids_RC[:, :1], vocabulary)
+    ids_RC = logits_RV.topk(candidates, dim=1).indices.sort(dim=1).values
+    logits_RC, order_RC = logits_RV.gather(1, ids_RC).sort(dim=1, descending=True, stable=True)
+    certain_R1 = (logits_RC > logits_RC[:, -1:]).sum(dim=1, keepdim=True)
+    return ids_RC.gather(1, order_RC), logits_RC, certain_R1
 
 
 def uniform(seed: int, position: int) -> float:
