@@ -117,17 +117,17 @@ def test_who_is_preempted_is_penalised_as_with_plenty_of_memory(temperature: flo
     requests = [
         Request(
             [*PROMPT, 20 + i],
-            max_new_tokens=60,
+            max_new_tokens=30,
             temperature=temperature,
             seed=i,
             presence_penalty=0.4,
             frequency_penalty=0.3,
             repetition_penalty=1.2,
         )
-        for i in range(5)
+        for i in range(4)
     ]
     alone = [generate(DECODER, None, [request])[0] for request in requests]
-    engine = engine_of(HOUSE, blocks=40)
+    engine = engine_of(HOUSE, blocks=30)
     assert_same(run(engine, requests), alone)
     assert engine.stats().preemptions > 0
 

@@ -13,8 +13,8 @@ from transformers import (
 )
 
 from tenon.errors import UsageError
-from tenon.infer.requests import Request
 from tenon.infer import sampling
+from tenon.infer.requests import Request
 from tenon.infer.sampling import Draw, uniform
 
 
@@ -92,7 +92,12 @@ def test_rows_drawn_together_are_those_drawn_one_by_one(kind: str, vocabulary: i
 def test_what_is_not_drawn_and_what_is_not_finite_stops_nobody() -> None:
     logits = torch.randn((4, 900), generator=torch.Generator().manual_seed(5))
     logits[1, 3], logits[2] = float("nan"), float("inf")
-    draws = [Draw(_request(seed=1), 3), Draw(_request(), 3), Draw(_request(), 3), Draw(_request(seed=1), 3, drawn=False)]
+    draws = [
+        Draw(_request(seed=1), 3),
+        Draw(_request(), 3),
+        Draw(_request(), 3),
+        Draw(_request(seed=1), 3, drawn=False),
+    ]
     found = sample(logits, draws)
     assert found[0] == drawn_plainly(logits[0], draws[0]) and found[3] == logits[3].argmax()
     assert ((found >= 0) & (found < 900)).all()
@@ -156,8 +161,8 @@ def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
     counts = torch.zeros(4)
     request = _request(temperature=1.0, seed=11)
-    for position in range(4000):
-        counts[int(sample(logits[None], [Draw(request, position)])[0])] += 1
+    found = sample(logits.expand(4000, -1), [Draw(request, position) for position in range(4000)])
+    counts.scatter_add_(0, found, torch.ones(4000))
     assert torch.allclose(counts / 4000, logits.softmax(0), atol=0.03)
 
 

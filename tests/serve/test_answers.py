@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +99,24 @@ def test_samples_follow_the_seed_and_differ(client: OpenAI) -> None:
     assert len(set(first)) == 4
     assert sample(3, 4) == first and sample(4, 3) == first[1:]
     assert sample(None, 2) != sample(None, 2)
+
+
+def test_penalties_and_biases_are_those_of_the_engine(house: House, client: OpenAI) -> None:
+    text, base = "the lake", {"model": "low", "max_tokens": 20, "temperature": 0}
+    rules: dict[str, Any] = {"presence_penalty": 1.5, "frequency_penalty": 0.5, "repetition_penalty": 1.3}
+    extra = {"repetition_penalty": rules["repetition_penalty"]}
+    found = client.completions.create(
+        **base, prompt=text, presence_penalty=1.5, frequency_penalty=0.5, logit_bias={"7": -100}, extra_body=extra
+    )
+    ids = [prompt_ids(house, text)]
+    (expected,) = house.expected(ids, ["low"], max_new_tokens=20, logit_bias=((7, -100.0),), **rules)
+    assert found.choices[0].text == house.decode(expected.ids)
+    plain = client.completions.create(**base, prompt=text)
+    assert plain.choices[0].text != found.choices[0].text
+    banned = client.chat.completions.create(**base, messages=HELLO, logit_bias={"9": 100}, logprobs=True)
+    assert banned.choices[0].logprobs is not None and banned.choices[0].logprobs.content is not None
+    assert {token.token for token in banned.choices[0].logprobs.content} == {house.decode((9,))}
+    assert all(token.logprob < 0 for token in banned.choices[0].logprobs.content)
 
 
 def test_several_prompts_are_answered_in_order(house: House, client: OpenAI) -> None:

@@ -5,6 +5,7 @@ Shape legend: S scored positions, D hidden, V vocabulary. This module knows no c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -77,7 +78,7 @@ def _score_part(logits_SV: Tensor, draws: Sequence[Draw], labels: Sequence[int],
     scored.ids.extend(found[:, 0].astype(np.int64).tolist())
     scored.logprobs.extend(found[:, 2].tolist())
     scored.known_logprobs.extend(found[:, 3].tolist())
-    scored.finite.extend(bool(finite) for finite in np.isfinite(found[:, 2:4]).all(axis=1))
+    scored.finite.extend(math.isfinite(own) and math.isfinite(known) for own, known in found[:, 2:4].tolist())
     ids, logprobs = found[:, 4 : 4 + most].astype(np.int64).tolist(), found[:, 4 + most :].tolist()
     for draw, row_ids, row_logprobs in zip(draws, ids, logprobs, strict=True):
         scored.tops.append(tuple(zip(row_ids, row_logprobs, strict=True))[: draw.request.top_logprobs])

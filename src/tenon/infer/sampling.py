@@ -114,7 +114,7 @@ def _rules(rows: Sequence[int], draws: Sequence[Draw], device: torch.device) -> 
 
 
 def _draw(logits_RV: Tensor, rules: _Rules, candidates: int) -> tuple[Tensor, Tensor]:
-    """(ids_R, settled_R) from the likeliest so many tokens, added up in float64, as the probabilities of a tail need it.
+    """(ids_R, settled_R) from the likeliest so many tokens, added up in float64 as the tail of a vocabulary needs it.
 
     Order: temperature, top-k, top-p (over what top-k left), min-p. The likeliest token always stays.
     """

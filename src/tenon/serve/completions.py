@@ -60,7 +60,7 @@ def _prompts(desk: Desk, renderer: Renderer, body: CompletionRequest) -> list[_P
         if isinstance(one, str):
             found.append(_Prompt(renderer.prompt_of(Completion(one, "", "prompt")), one))
         elif isinstance(one, list):
-            desk.require_known(one)
+            desk.require_known(one, "prompt")
             found.append(_Prompt(one, renderer.tokenizer.decode(one, keep_special=True)))
     return found
 

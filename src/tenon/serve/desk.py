@@ -40,10 +40,10 @@ class Desk:
         """The longest sequence, prompt and answer together."""
         return self.gate.engine.limits.context_tokens
 
-    def require_known(self, ids: Sequence[int]) -> None:
+    def require_known(self, ids: Sequence[int], param: str) -> None:
         """Raises ApiError 400 for token ids that the base does not have."""
         if max(ids, default=0) >= self.vocabulary:
-            raise ApiError(400, f"the base has {self.vocabulary:,} tokens, and an id is {max(ids)}", param="prompt")
+            raise ApiError(400, f"the base has {self.vocabulary:,} tokens, and an id is {max(ids)}", param=param)
 
     async def caller(self, authorization: str | None) -> Key | None:
         """Whose request it is, from its header; None where no key is asked for. Raises ApiError 401."""
@@ -103,6 +103,7 @@ async def ask(
     Raises ApiError 400, 429, 503; UsageError usage-empty-prompt.
     """
     count = asked.n or 1
+    desk.require_known([token for token, _ in asked.biases], "logit_bias")
     seed = secrets.randbits(63) if asked.seed is None else asked.seed
     requests = [
         Request(
@@ -113,6 +114,10 @@ async def ask(
             top_p=1.0 if asked.top_p is None else asked.top_p,
             top_k=max(asked.top_k or 0, 0),
             min_p=asked.min_p or 0.0,
+            presence_penalty=asked.presence_penalty or 0.0,
+            frequency_penalty=asked.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if asked.repetition_penalty is None else asked.repetition_penalty,
+            logit_bias=asked.biases,
             seed=seed + sample,
             top_logprobs=scores.top or 0,
             prompt_logprobs=scores.prompt,

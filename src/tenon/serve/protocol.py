@@ -31,6 +31,9 @@ def _whole(text: str) -> str:
 Text = Annotated[str, AfterValidator(_whole)]
 StopText = Annotated[Text, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0)]
+TokenIdText = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 _T = TypeVar("_T")
 # A list is refused at its first fault: a body of a few megabytes can have a million, and each would be told.
 _Each = Annotated[list[_T], Field(fail_fast=True)]
@@ -45,6 +48,7 @@ def _few_fields(value: Any) -> Any:
 
 
 _ByName = Annotated[dict[str, _T], BeforeValidator(_few_fields)]
+_Biases = Annotated[dict[TokenIdText, Bias], BeforeValidator(_few_fields)]
 
 
 class ApiModel(BaseModel):
@@ -106,12 +110,12 @@ class _Asked(ApiModel):
     stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_SEQUENCES)] | None = None
     ignore_eos: bool = False
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    logit_bias: _Biases | None = None
     # Without effect here.
     user: Text | None = None
-    # Refused unless they say what happens anyway.
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: _ByName[float] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -123,11 +127,13 @@ class _Asked(ApiModel):
         """Whether a stream ends with the number of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """What is added to the score of which token id."""
+        return tuple((int(token), value) for token, value in (self.logit_bias or {}).items())
+
     @model_validator(mode="after")
-    def _refuse_what_is_not_there_yet(self) -> _Asked:
-        for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
-            if getattr(self, name):
-                raise not_yet(name)
+    def _refuse_options_of_no_stream(self) -> _Asked:
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("stream_options", "stream_options needs stream: true")
         return self
