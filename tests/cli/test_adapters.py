@@ -69,6 +69,27 @@ def test_export_and_import(tenon: Command, registry: Registry, workplace: Path) 
     assert registry.get("copy").adapter_hash == registry.get("helper").adapter_hash
 
 
+def test_what_travels_comes_in_and_goes_out(tenon: Command, registry: Registry, workplace: Path) -> None:
+    tenon("adapters", "export", "helper", "out")
+    template = workplace / "out" / "chat_template.jinja"
+    template.write_text("{{ messages[0]['content'] }}")
+    words = ("--base", "smollm2-135m", "--temperature", "0.2", "--max-tokens", "64", "--stop", "END", "--stop", "\n\n")
+    done = tenon("adapters", "import", "copy", "out", *words, "--stop-token", "<|im_end|>", "--system", "Be brief.")
+    assert done.out == "copy@1\n" and "with its own chat template" in done.err
+    shown = tenon("adapters", "show", "copy").out
+    assert 'temperature 0.2, max_tokens 64, stop "END" "\\n\\n", stop_tokens "<|im_end|>"' in shown
+    assert "Be brief." in shown and "its own, kept with it" in shown
+    assert "temperature 0.2" in tenon("adapters", "list").out.replace("\n", " ")
+    assert json.loads(tenon("adapters", "list", "--json").out)[0]["generation"]["max_tokens"] == 64
+    tenon("adapters", "export", "copy", "again")
+    assert (workplace / "again" / "chat_template.jinja").read_text() == template.read_text()
+    template.write_text("{% for")
+    assert "error[data-template-syntax]" in tenon("adapters", "import", "bad", "out", *words).err
+    none = tenon("adapters", "import", "bad", "out", *words, "--template", "nowhere.jinja")
+    assert "error[data-template-file]" in none.err
+    assert registry.versions("bad") == ()
+
+
 def test_remove_asks_first(tenon: Command, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
     done = tenon("adapters", "remove", "helper")

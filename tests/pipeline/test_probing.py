@@ -18,23 +18,32 @@ from tenon.infer.requests import Request
 from tenon.pipeline.base import find_base
 from tenon.pipeline.engine import load_workbench
 from tenon.pipeline.probing import record_probes
+from tenon.pipeline.subjects import Subjects
 from tenon.pipeline.training import train
 from tenon.registry.probes import ANSWER_TOKENS, PROBES_NAME, WINDOW_TOKENS, Probes
 from tenon.registry.store import Registry
 from tenon.service.bases import describe_base
 from tenon.service.plans import make_plan
+from tenon.service.subjects import open_subject
 from tests.journeys.world import World, make_world
 from tests.plan.situations import CPU
 from tests.tiny import CPU as DEVICE
 
+OWN = (
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A world with two short runs: one that keeps probes, and one that does not."""
+    """A world with two short runs: one that keeps probes, and one that does not and has a template of its own."""
     made = make_world(tmp_path_factory.mktemp("probing") / "world", rows=60)
     short = ("limits.steps=3", "validation.every=0", "evaluate.metrics=[]")
     train(made.plan_run(made.root / "runs" / "kept", *short), made.settings)
-    train(made.plan_run(made.root / "runs" / "none", *short, "serve.probes=0", "register=silent"), made.settings)
+    (made.root / "own.jinja").write_text(OWN)
+    own = ("serve.probes=0", "register=silent", "data.template=own.jinja", "serve.temperature=0", "serve.stop=[END]")
+    train(made.plan_run(made.root / "runs" / "none", *short, *own), made.settings)
     return made
 
 
@@ -75,6 +84,19 @@ def test_a_recipe_may_keep_none(world: World) -> None:
     registry = Registry(world.settings.registry)
     entry = registry.verify("silent")
     assert registry.probes(entry) is None and not (registry.folder(entry) / PROBES_NAME).exists()
+
+
+def test_what_the_recipe_says_travels_with_the_adapter(world: World) -> None:
+    registry = Registry(world.settings.registry)
+    entry = registry.verify("silent")
+    assert entry.generation.said == {"temperature": 0.0, "stop": ("END",)}
+    assert registry.template(entry) == OWN and registry.template(registry.get("echo")) is None
+    # It is asked and judged with its template, also where its run is gone.
+    opened = open_subject("silent", str(world.root / "base"), world.settings)
+    bench = load_workbench(find_base(opened.engine.base, world.settings), opened.engine.base, CPU, "fp32")
+    renderer = Subjects(bench, bench.renderer(None)).renderer(opened.subject)
+    assert renderer.template_hash == entry.template_hash != bench.renderer(None).template_hash
+    assert opened.data.template == opened.subject.template
 
 
 @dataclass

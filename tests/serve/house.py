@@ -52,15 +52,17 @@ class House:
     renderer: Renderer
     registry: Registry
 
-    def register(self, name: str, *, rank: int, seed: int, **draft: Any) -> Entry:
-        """A random adapter, as a new version."""
+    def register(
+        self, name: str, *, rank: int, seed: int, beside: dict[str, bytes] | None = None, **draft: Any
+    ) -> Entry:
+        """A random adapter, as a new version. beside: files to keep with it."""
         bank = AdapterBank(self.base.facts, dtype=torch.float32, device=CPU)
         slot = random_slot(bank, slot_shape(self.base.facts, rank=rank), seed, trained=False)
         folder = self.world.root / f"made-{name}-{seed}"
         folder.mkdir()
         write_adapter(folder, bank.slots[slot], base="base")
         fields = {"base_spec": self.base.spec, "base_hash": self.base.base_hash, **draft}
-        return self.registry.register(name, folder, EntryDraft(**fields))
+        return self.registry.register(name, folder, EntryDraft(**fields), beside=beside)
 
     def expected(self, prompts: list[list[int]], names: list[str | None], **changes: Any) -> list[Completion]:
         """What `generate` answers, each prompt by its adapter (None: the base)."""

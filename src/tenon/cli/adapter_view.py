@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -11,16 +12,18 @@ from rich.table import Table
 from rich.text import Text
 
 from tenon.cli.result_view import metric_text
+from tenon.plan.values import Generation
 from tenon.registry.aliases import Alias
 from tenon.registry.entry import Entry
+from tenon.registry.store import TEMPLATE_NAME
 from tenon.units import format_bytes, format_short
 
 
 def entries_table(entries: Sequence[Entry]) -> Table:
     """One version a line."""
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
-    for head in ("adapter", "base", "rank", "parameters", "judged", "registered"):
-        table.add_column(head, no_wrap=head != "judged")
+    for head in ("adapter", "base", "rank", "parameters", "judged", "asked with", "registered"):
+        table.add_column(head, no_wrap=head not in ("judged", "asked with"))
     for entry in entries:
         judged = ", ".join(f"{metric.name} {metric_text(metric)}" for metric in entry.metrics[:1])
         table.add_row(
@@ -29,6 +32,7 @@ def entries_table(entries: Sequence[Entry]) -> Table:
             str(entry.rank),
             format_short(entry.parameters),
             Text(judged or "-"),
+            Text(describe_generation(entry.generation) or "-"),
             Text(_when(entry), "dim"),
         )
     return table
@@ -60,9 +64,10 @@ def show_entry(console: Console, entry: Entry, folder: Path) -> None:
         ("base", f"{entry.base_spec}  {entry.base_hash}"),
         ("base kept in", {None: unknown, "dense": "full width"}.get(entry.base_format, entry.base_format)),
         ("data", entry.data_hash or unknown),
-        ("template", entry.template_hash or unknown),
+        ("template", _template(entry) or unknown),
         ("recipe", entry.recipe_hash or unknown),
         ("system", "none" if entry.system is None else entry.system),
+        ("asked with", describe_generation(entry.generation) or "whatever the request or the server says"),
         ("adapter hash", entry.adapter_hash),
     ]
     table = Table.grid(padding=(0, 2))
@@ -73,6 +78,23 @@ def show_entry(console: Console, entry: Entry, folder: Path) -> None:
     for metric in entry.metrics:
         table.add_row(Text(metric.name, "dim"), Text(metric_text(metric), "bold"))
     console.print(table)
+
+
+def describe_generation(generation: Generation) -> str:
+    """`temperature 0.2, stop "END"`; empty where it says nothing."""
+    return ", ".join(f"{name} {_shown(value)}" for name, value in generation.said.items())
+
+
+def _shown(value: float | tuple[str, ...]) -> str:
+    if isinstance(value, tuple):
+        return " ".join(json.dumps(text, ensure_ascii=False) for text in value)
+    return f"{value:g}"
+
+
+def _template(entry: Entry) -> str:
+    own = entry.beside.get(TEMPLATE_NAME)
+    known = entry.template_hash or ("" if own is None else own.sha256)
+    return known if own is None else f"{known}  its own, kept with it"
 
 
 def _when(entry: Entry) -> str:

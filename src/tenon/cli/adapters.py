@@ -15,6 +15,7 @@ adapters_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+_UNSAID = "Where a request does not say it."
 Name = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="Without a version, the newest.")]
 AliasName = Annotated[str, typer.Argument(metavar="NAME@ALIAS", help="For example support-bot@prod.")]
 
@@ -87,13 +88,44 @@ def import_adapter(
         Path, typer.Argument(metavar="FOLDER", help="adapter_config.json and adapter_model.safetensors.")
     ],
     base: Annotated[str, typer.Option("--base", help="The base that it was trained on.")],
+    template: Annotated[
+        Path | None,
+        typer.Option("--template", help="Its chat template; by default chat_template.jinja of the folder, if any."),
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System message where a chat brings none.")] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", min=0, max=2, help=_UNSAID)] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", min=0.001, max=1, help=_UNSAID)] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", min=0, help=_UNSAID)] = None,
+    min_p: Annotated[float | None, typer.Option("--min-p", min=0, max=1, help=_UNSAID)] = None,
+    repetition: Annotated[float | None, typer.Option("--repetition-penalty", min=0.01, max=2, help=_UNSAID)] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help=_UNSAID)] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="A text that ends an answer; may be repeated.")
+    ] = None,
+    stop_token: Annotated[
+        list[str] | None, typer.Option("--stop-token", help="A token of the base that does; may be repeated.")
+    ] = None,
 ) -> None:
-    """Register a PEFT folder that was made elsewhere."""
+    """Register a PEFT folder that was made elsewhere, and say how it is asked where a request does not."""
+    from tenon.plan.values import Generation
+    from tenon.registry.store import TEMPLATE_NAME
     from tenon.service.adapters import import_folder
 
     session = session_of(ctx)
-    entry = import_folder(name, folder, base, session.settings)
+    generation = Generation(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition,
+        max_tokens=max_tokens,
+        stop=tuple(filter(None, stop or ())),
+        stop_tokens=tuple(filter(None, stop_token or ())),
+    )
+    entry = import_folder(name, folder, base, session.settings, template=template, system=system, generation=generation)
     session.out.print(entry.label)
+    if TEMPLATE_NAME in entry.beside and template is None:
+        session.err.print(f"with its own chat template: {folder / TEMPLATE_NAME}", markup=False)
 
 
 @adapters_app.command("remove")

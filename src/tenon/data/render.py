@@ -64,10 +64,10 @@ class _Voice:
 class Renderer:
     """Renders rows with one tokenizer and one chat template.
 
-    template: source of a chat template instead of the tokenizer's. supervise: `assistant` (every assistant turn),
-    `last` (the last one), `all` (every token up to the last stop). system: put first in chats that have no system
-    message. variables: passed to the template, such as enable_thinking. now: clock of templates that write the date;
-    by default the moment of each rendering, so give it to make renderings repeatable.
+    template (`given_template`): source of a chat template instead of the tokenizer's. supervise: `assistant` (every
+    assistant turn), `last` (the last one), `all` (every token up to the last stop). system: put first in chats that
+    have no system message. variables: passed to the template, such as enable_thinking. now: clock of templates that
+    write the date; by default the moment of each rendering, so give it to make renderings repeatable.
     Raises DataError data-template-syntax.
     """
 
@@ -82,6 +82,7 @@ class Renderer:
         now: datetime | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.given_template = template
         self.supervise: Supervise = supervise
         self.system = system
         self._variables = dict(variables or {})
@@ -94,6 +95,13 @@ class Renderer:
         other = copy(self)
         other.system, other._now = system, now
         return other
+
+    def with_template(self, template: str | None) -> Renderer:
+        """The same tokenizer, system message and clock with another template; None: the tokenizer's own.
+
+        Raises DataError data-template-syntax.
+        """
+        return Renderer(self.tokenizer, template, self.supervise, self.system, variables=self._variables, now=self._now)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:

@@ -16,7 +16,7 @@ from tenon.pipeline.slot_data import Emit, SlotData
 from tenon.plan.values import Plan
 from tenon.registry.entry import Entry, EntryDraft
 from tenon.registry.probes import PROBES_NAME
-from tenon.registry.store import ENTRY_NAME, Registry
+from tenon.registry.store import ENTRY_NAME, TEMPLATE_NAME, Registry
 from tenon.runs.atomic import write_folder_atomic
 from tenon.runs.checkpoints import hash_file
 from tenon.runs.folder import RunFolder
@@ -59,6 +59,7 @@ def finish_slot(
         parent=_parent(slot.lora.start_from),
         system=slot.data.system,
         base_format=plan.base_format,
+        generation=slot.serving.generation,
     )
     beside = _beside(plan, training, data, bench)
     entry = _register_once(Registry(settings.registry), slot.register_as, folder, draft, beside)
@@ -68,11 +69,13 @@ def finish_slot(
 def _beside(plan: Plan, training: SlotTraining, data: SlotData, bench: Workbench) -> dict[str, bytes]:
     """The files that are kept beside the adapter's."""
     rows = data.dataset.validation if len(data.dataset.validation) else data.dataset.train
+    template = data.dataset.renderer.given_template
+    files = {} if template is None else {TEMPLATE_NAME: template.encode()}
     count = training.plan.serving.probes
-    if not count:
-        return {}
-    probes = record_probes(bench, training.number, rows, count=count, plan=plan)
-    return {PROBES_NAME: probes.to_json().encode()}
+    if count:
+        probes = record_probes(bench, training.number, rows, count=count, plan=plan)
+        files[PROBES_NAME] = probes.to_json().encode()
+    return files
 
 
 def _parent(start: str | None) -> str | None:

@@ -5,6 +5,7 @@ This module does not know how figures are computed (evaluate) or shown.
 
 from __future__ import annotations
 
+from tenon.adapters.asking import require_template
 from tenon.data.dataset import open_dataset
 from tenon.data.store import RowStore
 from tenon.evaluate.run import evaluate, evaluate_many
@@ -32,6 +33,9 @@ def judge(request: EvaluateRequest, emit: Emit, settings: Settings) -> None:
     with open_dataset(request.data, base_folder=folder, settings=settings, on_progress=on_progress) as dataset:
         bench = load_workbench(folder, engine.base, engine.machine, engine.precision, frozen=engine.frozen)
         subjects = Subjects(bench, dataset.renderer)
+        for subject in request.subjects:
+            # All are judged on the same tokens.
+            require_template(subject.label, subjects.renderer(subject).template_hash, dataset.renderer)
         judges = [SubjectSlot(s.label, subjects.slot(s), s.adapter_hash) for s in request.subjects]
         emit("phase", name="evaluate", detail=", ".join(one.label for one in judges))
         results = evaluate_many(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from tenon.adapters.asking import stop_ids_of
 from tenon.data.dataset import Dataset, open_dataset
 from tenon.data.store import RowStore
 from tenon.errors import DataError
@@ -47,7 +48,7 @@ def open_slot_data(slot: SlotPlan, base_folder: Path, settings: Settings, emit: 
     """Open everything that the slot will read, so that a bad row is found before any time is spent.
 
     Raises DataError for the first thing that would spoil the run, data-unseen-label among them; RecipeError
-    recipe-metric-inapplicable.
+    recipe-metric-inapplicable; AdapterError adapter-stop-token.
     """
     on_progress = progress_events(emit)
     with ExitStack() as stack:
@@ -58,6 +59,7 @@ def open_slot_data(slot: SlotPlan, base_folder: Path, settings: Settings, emit: 
             emit("warning", code="data", text=text)
         evaluation, evaluation_hash = _evaluation_rows(slot, dataset, stack, base_folder, settings, on_progress)
         _require_metrics(slot, dataset, evaluation)
+        stop_ids_of(slot.name, slot.serving.generation.stop_tokens, dataset.renderer)
         yield SlotData(dataset, evaluation, evaluation_hash)
 
 

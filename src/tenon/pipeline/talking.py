@@ -33,11 +33,12 @@ def answer_prompts(request: GenerateRequest, emit: Emit, settings: Settings) -> 
     bench, shared = open_engine(request.engine, settings, emit)
     subjects = Subjects(bench, shared)
     slot, renderer = subjects.slot(request.subject), subjects.renderer(request.subject)
+    stop_ids = subjects.stop_ids(request.subject)
     asked = []
     for number, prompt in enumerate(request.prompts):
         ids = renderer.prompt(prompt.messages, prompt.tools or None, source=prompt.source)
         _require_room(bench, ids, prompt.source)
-        asked.append(_request(ids, slot, request.sampling, renderer, number))
+        asked.append(_request(ids, slot, request.sampling, stop_ids, number))
     emit("phase", name="generate", detail=f"{len(asked)} prompts")
     for index, found in enumerate(generate(bench.decoder, bench.bank, asked)):
         emit(
@@ -88,7 +89,7 @@ def _answer_turn(turn: ChatTurn, bench: Workbench, subjects: Subjects, emit: Emi
             interrupted = True
         return not interrupted
 
-    request = _request(ids, subjects.slot(turn.subject), turn.sampling, renderer, 0)
+    request = _request(ids, subjects.slot(turn.subject), turn.sampling, subjects.stop_ids(turn.subject), 0)
     (found,) = generate(bench.decoder, bench.bank, [request], on_token=on_token)
     said.append(stream.finish())
     emit(
@@ -106,12 +107,12 @@ def _finish(found: Completion, *, interrupted: bool) -> str:
     return "length" if found.finish == "context" else found.finish
 
 
-def _request(ids: Sequence[int], slot: int, sampling: Sampling, renderer: Renderer, number: int) -> Request:
+def _request(ids: Sequence[int], slot: int, sampling: Sampling, stop_ids: frozenset[int], number: int) -> Request:
     return Request(
         prompt_ids=ids,
         slot=slot,
         max_new_tokens=sampling.max_new_tokens,
-        stop_ids=renderer.stop_ids,
+        stop_ids=stop_ids,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,

@@ -26,15 +26,19 @@ class Subject(Value):
 
     label: `base`, `name@version`, or the name of a run's slot: how results and `/adapter` call it.
     folder: PEFT layout (adapter_config.json, adapter_model.safetensors). template_hash: what it was trained with; a
-    renderer that differs refuses it ("" when unknown: adapters made elsewhere). system: the system message that it was
-    trained with; conversations that bring none get it.
+    renderer that differs refuses it ("" when unknown: adapters made elsewhere). template: file of its own chat
+    template, where it has one. system: the system message that it was trained with; conversations that bring none get
+    it.
+    stop_tokens: tokens, as text, that end its answers beside those of the template.
     """
 
     label: str
     folder: str | None = None
     adapter_hash: str | None = None
     template_hash: str = ""
+    template: str | None = None
     system: str | None = None
+    stop_tokens: tuple[str, ...] = ()
 
 
 class Sampling(Value):

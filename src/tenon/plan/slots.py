@@ -18,6 +18,7 @@ from tenon.plan.values import (
     BatchPlan,
     DataPlan,
     EvaluationPlan,
+    Generation,
     LimitsPlan,
     LoraPlan,
     MachineFacts,
@@ -287,10 +288,15 @@ def decide_evaluation(loaded: Loaded, choices: Choices, *, validation_rows: int,
 
 def decide_serving(loaded: Loaded, choices: Choices, *, registered: bool) -> ServingPlan:
     """What is kept with the adapter; nothing where it is not registered."""
+    asked = loaded.recipe.serve
     if not registered:
-        choices.unused("serve.probes", "the adapter is not registered")
+        for name in type(asked).model_fields:
+            choices.unused(f"serve.{name}", "the adapter is not registered")
         return ServingPlan()
-    return ServingPlan(probes=choices.default("serve.probes", loaded.recipe.serve.probes))
+    given = {name: choices.default(f"serve.{name}", getattr(asked, name)) for name in Generation.model_fields}
+    return ServingPlan(
+        probes=choices.default("serve.probes", asked.probes), generation=Generation.model_validate(given)
+    )
 
 
 def slot_name(loaded: Loaded, choices: Choices) -> str:

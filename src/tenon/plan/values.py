@@ -6,7 +6,7 @@ This module knows no files and no tensors.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -206,10 +206,35 @@ class EvaluationPlan(Value):
     enabled: bool
 
 
+class Generation(Value):
+    """How an adapter is asked where a request does not say it; what is None is left to the server.
+
+    stop: texts that end an answer; stop_tokens: tokens of the base, as text, that end it beside those of the template.
+    """
+
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    max_tokens: int | None = Field(default=None, ge=1)
+    stop: tuple[Annotated[str, Field(min_length=1, max_length=1000)], ...] = Field(default=(), max_length=16)
+    stop_tokens: tuple[Annotated[str, Field(min_length=1, max_length=1000)], ...] = Field(default=(), max_length=16)
+
+    @property
+    def said(self) -> dict[str, float | int | tuple[str, ...]]:
+        """What it says, by name."""
+        fields = self.model_dump(mode="python")
+        return {name: value for name, value in fields.items() if value is not None and value != ()}
+
+
 class ServingPlan(Value):
     """What is kept with a registered adapter. probes: rows with what it said of them (0 = none)."""
 
     probes: int = 0
+    generation: Generation = Generation()
 
 
 class SlotPlan(Value):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tenon.errors import RecipeError
 from tenon.recipe.defaults import DEFAULTS
-from tenon.recipe.schema import Recipe
+from tenon.recipe.schema import Recipe, ServeSection
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,10 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule("evaluate.data", _evaluates, _NO_EVALUATION, "leave it out, or name metrics"),
     Rule("evaluate.rows", _evaluates, _NO_EVALUATION, "leave it out, or name metrics"),
-    Rule("serve.probes", _registers, "the adapter is not registered", "leave it out, or set register: true"),
+    *(
+        Rule(f"serve.{name}", _registers, "the adapter is not registered", "leave it out, or set register: true")
+        for name in ServeSection.model_fields
+    ),
 )
 
 

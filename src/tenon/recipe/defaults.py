@@ -61,6 +61,21 @@ DEFAULTS: dict[str, Default] = {
     "evaluate.data": Default(None, "the validation rows"),
     "evaluate.rows": Default(0, "no limit", "all"),
     "evaluate.max_new_tokens": Default(256, "longer answers are cut"),
+    **{
+        f"serve.{name}": Default(None, "left to the server and to the request")
+        for name in (
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "frequency_penalty",
+            "presence_penalty",
+            "max_tokens",
+        )
+    },
+    "serve.stop": Default((), "answers end where the adapter ends them"),
+    "serve.stop_tokens": Default((), "those of the chat template and the base"),
     "serve.probes": Default(4, "a server checks by them that the adapter still says what it said"),
     "precision.products": Default("auto", "fp8 on a GPU that has it and computes in bf16, else as precision.compute"),
     "register": Default(True, "registered under the adapter's name"),

@@ -293,8 +293,36 @@ class EvaluateSection(Section):
 
 
 class ServeSection(Section):
-    """What is kept with the registered adapter for whoever serves it."""
+    """What is kept with the registered adapter for whoever serves it: how it is asked where a request does not say it,
+    and what it said when it was trained.
+    """
 
+    temperature: float | None = Field(default=None, ge=0, le=2, description="How freely tokens are drawn; 0 is greedy.")
+    top_p: float | None = Field(
+        default=None, gt=0, le=1, description="Only the likeliest tokens that together reach this probability."
+    )
+    top_k: int | None = Field(default=None, ge=0, description="Only so many of the likeliest tokens; 0 is all of them.")
+    min_p: float | None = Field(
+        default=None, ge=0, le=1, description="Only tokens with this share of the likeliest one's probability."
+    )
+    repetition_penalty: float | None = Field(
+        default=None, gt=0, le=2, description="Above 1, tokens that were there already become less likely."
+    )
+    frequency_penalty: float | None = Field(
+        default=None, ge=-2, le=2, description="Subtracted from a token's score for every time that it was said."
+    )
+    presence_penalty: float | None = Field(
+        default=None, ge=-2, le=2, description="Subtracted from a token's score once it was said."
+    )
+    max_tokens: int | None = Field(default=None, ge=1, description="Longest answer, in tokens.")
+    stop: Words | None = Field(
+        default=None, max_length=16, description="Texts that end an answer; they are not part of it."
+    )
+    stop_tokens: Words | None = Field(
+        default=None,
+        max_length=16,
+        description="Tokens of the base, written as text, that end an answer beside those of the chat template.",
+    )
     probes: int | None = Field(
         default=None,
         ge=0,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from tenon.errors import AdapterError
-from tenon.plan.values import BaseFormat
+from tenon.plan.values import BaseFormat, Generation
 from tenon.runs.checkpoints import FileFacts
 from tenon.runs.results import Metric
 from tenon.values import Value, canonical_json, hash_text
@@ -21,6 +21,7 @@ class EntryDraft(Value):
     of data, template and recipe are None for an adapter that was made elsewhere. parent: the NAME@VERSION, or the
     folder, that its training started from. system: the system message that rows without one were given in training.
     base_format: what the base was kept in while it trained; None for an adapter that was made elsewhere.
+    generation: how it is asked where a request does not say it.
     """
 
     base_spec: str
@@ -33,6 +34,7 @@ class EntryDraft(Value):
     parent: str | None = None
     system: str | None = None
     base_format: BaseFormat | None = None
+    generation: Generation = Generation()
 
 
 class Entry(Value):
@@ -43,7 +45,7 @@ class Entry(Value):
     files: the PEFT files by name. system: see EntryDraft; turns that bring no system message get it again.
     base_format: see EntryDraft; the adapter may stand on the base in any format. beside: what else is kept with it, by
     name (`registry.store.BESIDE`). Fields that came later are left out of the JSON where they say nothing, so that the
-    content hash of an older entry stays.
+    content hash of an older entry stays. generation: see EntryDraft.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Entry(Value):
     system: str | None = None
     base_format: BaseFormat | None = None
     beside: dict[str, FileFacts] = Field(default={}, exclude_if=lambda beside: not beside)
+    generation: Generation = Field(default=Generation(), exclude_if=lambda generation: not generation.said)
 
     @property
     def label(self) -> str:

@@ -2,6 +2,7 @@
 
     ROOT/NAME/3/adapter_config.json, adapter_model.safetensors    as PEFT wrote or would write them
     ROOT/NAME/3/probes.json                                       what it said when it was trained: see `probes`
+    ROOT/NAME/3/chat_template.jinja                               its chat template, where it is not the base's own
     ROOT/NAME/3/tenon.json                                        the Entry
     ROOT/NAME/last                                                the highest removed version: no number comes twice
     ROOT/NAME/aliases.json                                        names for versions: see `aliases`
@@ -36,7 +37,8 @@ from tenon.runs.space import require_space
 ENTRY_NAME = "tenon.json"
 PEFT_FILES = (CONFIG_NAME, TENSORS_NAME)
 # What may be kept beside the PEFT files of a version.
-BESIDE = frozenset({PROBES_NAME})
+TEMPLATE_NAME = "chat_template.jinja"
+BESIDE = frozenset({PROBES_NAME, TEMPLATE_NAME})
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _VERSION = re.compile(r"[1-9]\d{0,8}")
 
@@ -202,6 +204,17 @@ class Registry:
         except ValidationError as error:
             raise _damaged(self.folder(entry), f"{PROBES_NAME} holds no probes of this version of Tenon") from error
 
+    def template(self, entry: Entry) -> str | None:
+        """The source of the adapter's own chat template; None where it was trained with the base's.
+
+        Raises AdapterError adapter-damaged.
+        """
+        content = self.beside(entry, TEMPLATE_NAME)
+        try:
+            return None if content is None else content.decode()
+        except UnicodeDecodeError as error:
+            raise _damaged(self.folder(entry), f"{TEMPLATE_NAME} is no text") from error
+
     def beside(self, entry: Entry, name: str) -> bytes | None:
         """What a file beside the adapter's holds, as it was registered; None where the version has no such file.
 
@@ -215,7 +228,7 @@ class Registry:
         return (folder / name).read_bytes()
 
     def export(self, spec: str, target: Path) -> Entry:
-        """Write what PEFT and vLLM load, and nothing else, into a new folder, after verifying it.
+        """Write what PEFT and vLLM load, and its own chat template if any, into a new folder, after verifying it.
 
         Raises AdapterError adapter-export-not-empty and those of `verify`; RunError run-disk-full.
         """
@@ -229,7 +242,8 @@ class Registry:
         require_space(target, entry.size_bytes, f"exporting {entry.label}")
 
         def write(aside: Path) -> None:
-            for name in PEFT_FILES:
+            # Not the probes: rows of the data stay in the registry.
+            for name in (*PEFT_FILES, *({TEMPLATE_NAME} & entry.beside.keys())):
                 shutil.copyfile(source / name, aside / name)
 
         write_folder_atomic(target.absolute(), write, replace=True, need_bytes=entry.size_bytes)
@@ -350,6 +364,7 @@ def _entry(
         parent=draft.parent,
         system=draft.system,
         base_format=draft.base_format,
+        generation=draft.generation,
         rank=facts.rank,
         alpha=facts.alpha,
         scale=facts.scale,

@@ -26,6 +26,7 @@ _STATUS_OF_CODE = {
     "adapter-bad-name": 404,
     "adapter-other-base": 400,
     "adapter-template": 400,
+    "adapter-stop-token": 422,
     "usage-empty-prompt": 400,
     "usage-engine": 400,
     "usage-sampling": 400,

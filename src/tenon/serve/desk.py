@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from tenon.infer.requests import Request
+from tenon.plan.values import Generation
 from tenon.serve.access import Access, Ticket
 from tenon.serve.api_errors import ApiError
 from tenon.serve.gate import Answers, Gate, Wanted
@@ -20,6 +21,10 @@ from tenon.serve.names import BASE, Listed, Names, Target
 from tenon.serve.protocol import ChatRequest, CompletionRequest
 from tenon.serve.said import Finish, Piece, SaidToken
 from tenon.tenants.keys import Key
+
+# What an adapter may bring a value of its own for.
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+Asked = ChatRequest | CompletionRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +107,15 @@ async def ask(
 
     Raises ApiError 400, 429, 503; UsageError usage-empty-prompt.
     """
+    asked, bound = _as_trained(asked, target.generation)
     count = asked.n or 1
     desk.require_known([token for token, _ in asked.biases], "logit_bias")
     seed = secrets.randbits(63) if asked.seed is None else asked.seed
     requests = [
         Request(
             prompt_ids=prompt,
-            max_new_tokens=_room(desk, prompt, most_tokens),
-            stop_ids=frozenset() if asked.ignore_eos else target.renderer.stop_ids,
+            max_new_tokens=_room(desk, prompt, most_tokens) if bound is None else min(_room(desk, prompt, None), bound),
+            stop_ids=frozenset() if asked.ignore_eos else target.stop_ids,
             temperature=1.0 if asked.temperature is None else asked.temperature,
             top_p=1.0 if asked.top_p is None else asked.top_p,
             top_k=max(asked.top_k or 0, 0),
@@ -167,6 +173,19 @@ def new_id(kind: str) -> str:
 def now() -> int:
     """Unix seconds."""
     return int(time.time())
+
+
+def _as_trained(asked: Asked, generation: Generation) -> tuple[Asked, int | None]:
+    """A request with what the adapter was registered with where it says nothing itself, and the longest answer if that
+    is the adapter's to say.
+    """
+    known = type(asked).model_fields
+    own = {name: value for name, value in generation.said.items() if name in _SAMPLING and name in known}
+    filled: dict[str, object] = {name: value for name, value in own.items() if getattr(asked, name) is None}
+    if asked.stop is None and generation.stop:
+        filled["stop"] = list(generation.stop)
+    said = any(name in asked.model_fields_set for name in ("max_tokens", "max_completion_tokens"))
+    return asked.model_copy(update=filled), None if said else generation.max_tokens
 
 
 def _room(desk: Desk, prompt: Sequence[int], most_tokens: int | None) -> int:

@@ -9,9 +9,10 @@ import random
 from contextlib import suppress
 from dataclasses import dataclass
 
-from tenon.adapters.asking import asked_as_trained, require_template
+from tenon.adapters.asking import Renderers, asked_as_trained, stop_ids_of
 from tenon.data.render import Renderer
 from tenon.errors import AdapterError
+from tenon.plan.values import Generation
 from tenon.registry.entry import Entry, check_base
 from tenon.registry.store import Registry
 from tenon.serve.jobs import AdapterRef
@@ -21,11 +22,16 @@ BASE = "base"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Who answers. label: the base's name, or `name@3`. renderer: how it is asked. adapter: None for the bare base."""
+    """Who answers. label: the base's name, or `name@3`. renderer: how it is asked. adapter: None for the bare base.
+
+    stop_ids: tokens that end its answers. generation: what is meant where a request does not say it.
+    """
 
     label: str
     renderer: Renderer
     adapter: AdapterRef | None
+    stop_ids: frozenset[int]
+    generation: Generation
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +49,28 @@ class Names:
     def __init__(self, registry: Registry, renderer: Renderer, *, base: str, base_hash: str) -> None:
         """base: its public name; it wins over an adapter of the same name, which `name@version` still reaches."""
         self.base, self.root = base, registry.root
-        self._registry, self._renderer, self._base_hash = registry, renderer, base_hash
+        self._registry, self._renderers, self._base_hash = registry, Renderers(renderer), base_hash
 
     def find(self, name: str) -> Target:
         """Who a name means now.
 
-        Raises AdapterError adapter-bad-name, adapter-unknown, adapter-damaged, adapter-other-base, adapter-template.
+        Raises AdapterError adapter-bad-name, adapter-unknown, adapter-damaged, adapter-other-base, adapter-template,
+        adapter-stop-token.
         """
         entry = self.describe(name).entry
         if entry is None:
-            return Target(self.base, self._renderer, None)
-        require_template(entry.label, entry.template_hash or "", self._renderer)
-        adapter = AdapterRef(entry.adapter_hash, entry.label)
-        return Target(entry.label, asked_as_trained(self._renderer, entry.system), adapter)
+            common = self._renderers.common
+            return Target(self.base, common, None, common.stop_ids, Generation())
+        renderer = self._renderers.of(
+            entry.label, template_hash=entry.template_hash or "", template=self._registry.template(entry)
+        )
+        return Target(
+            entry.label,
+            asked_as_trained(renderer, entry.system),
+            AdapterRef(entry.adapter_hash, entry.label),
+            stop_ids_of(entry.label, entry.generation.stop_tokens, renderer),
+            entry.generation,
+        )
 
     def describe(self, name: str) -> Listed:
         """What a name means now. Raises as `find`, but for adapter-template."""

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tenon.errors import AdapterError
+from tenon.plan.values import Generation
 from tenon.registry.aliases import Alias
 from tenon.registry.entry import Entry, EntryDraft
-from tenon.registry.store import Registry
+from tenon.registry.store import TEMPLATE_NAME, Registry
 from tenon.settings import Settings
 
 
@@ -43,13 +44,40 @@ def export_entry(name: str, folder: Path, settings: Settings) -> Entry:
     return Registry(settings.registry).export(name, folder)
 
 
-def import_folder(name: str, folder: Path, base: str, settings: Settings) -> Entry:
-    """Register a PEFT folder that was made elsewhere, for a base that is found and hashed now."""
-    # Only this function needs to know bases, and listing adapters is to be instant.
+def import_folder(
+    name: str,
+    folder: Path,
+    base: str,
+    settings: Settings,
+    *,
+    template: Path | None = None,
+    system: str | None = None,
+    generation: Generation | None = None,
+) -> Entry:
+    """Register a PEFT folder that was made elsewhere, for a base that is found and hashed now.
+
+    template: file of the chat template that it was trained with; else the folder's own chat_template.jinja, if it has
+    one, else the base's. system, generation: see `EntryDraft`.
+    Raises AdapterError; DataError data-template-file, data-template-syntax.
+    """
+    # Only this function needs to know bases and templates, and listing adapters is to be instant.
     from tenon.service.bases import describe_base
 
+    beside = _template_file(folder / TEMPLATE_NAME if template is None else template, required=template is not None)
     found = describe_base(base, settings)
-    return Registry(settings.registry).register(name, folder, EntryDraft(base_spec=base, base_hash=found.base_hash))
+    draft = EntryDraft(base_spec=base, base_hash=found.base_hash, system=system, generation=generation or Generation())
+    return Registry(settings.registry).register(name, folder, draft, beside=beside)
+
+
+def _template_file(place: Path, *, required: bool) -> dict[str, bytes]:
+    """A chat template as a file to keep; nothing where there is none."""
+    from tenon.data.template import ChatTemplate, read_template
+
+    if not required and not place.is_file():
+        return {}
+    source = read_template(str(place)) or ""
+    ChatTemplate(source, named_tokens={})
+    return {TEMPLATE_NAME: source.encode()}
 
 
 def label_of(name: str, settings: Settings) -> str:

@@ -21,7 +21,7 @@ from tenon.plan.requests import Engine, Subject
 from tenon.plan.values import BasePlan, DataPlan, Precision, SlotPlan, SourcePlan
 from tenon.registry.entry import Entry, check_base
 from tenon.registry.peft_check import CONFIG_NAME, TENSORS_NAME
-from tenon.registry.store import ENTRY_NAME, Registry
+from tenon.registry.store import ENTRY_NAME, TEMPLATE_NAME, Registry
 from tenon.runs.checkpoints import hash_file
 from tenon.runs.folder import RunFolder
 from tenon.runs.naming import find_run
@@ -119,7 +119,9 @@ def _open_entry(entry: Entry, folder: Path, base: str | None, settings: Settings
         folder=str(folder),
         adapter_hash=entry.adapter_hash,
         template_hash=entry.template_hash or "",
+        template=str(folder / TEMPLATE_NAME) if TEMPLATE_NAME in entry.beside else None,
         system=entry.system,
+        stop_tokens=entry.generation.stop_tokens,
     )
     return _opened(found, subject, _slot_of(entry), settings)
 
@@ -221,7 +223,8 @@ def _named_base(folder: Path) -> str:
 
 def _opened(base: BasePlan, subject: Subject, slot: SlotPlan | None, settings: Settings) -> Opened:
     if slot is None:
-        return Opened(_engine(base, settings), subject, _plain_data(base, subject.system))
+        data = _plain_data(base, subject.system).model_copy(update={"template": subject.template})
+        return Opened(_engine(base, settings), subject, data)
     return Opened(_engine(base, settings, slot.data.template), subject, slot.data, _judged_rows(slot))
 
 
