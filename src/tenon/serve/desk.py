@@ -184,7 +184,8 @@ def _as_trained(asked: Asked, generation: Generation) -> tuple[Asked, int | None
     filled: dict[str, object] = {name: value for name, value in own.items() if getattr(asked, name) is None}
     if asked.stop is None and generation.stop:
         filled["stop"] = list(generation.stop)
-    said = any(name in asked.model_fields_set for name in ("max_tokens", "max_completion_tokens"))
+    lengths = known.keys() & {"max_tokens", "max_completion_tokens"} & asked.model_fields_set
+    said = any(getattr(asked, name) is not None for name in lengths)
     return asked.model_copy(update=filled), None if said else generation.max_tokens
 
 
