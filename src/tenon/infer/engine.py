@@ -21,6 +21,7 @@ from torch import Tensor
 from tenon.batch import IGNORE, AttentionLayout, Batch, Segment
 from tenon.data.pack import list_routes, slot_routes, upload
 from tenon.infer.logits import Scored, not_finite, score_positions
+from tenon.infer.pooling import Pools
 from tenon.infer.requests import Completion, OnFailure, OnFinish, OnToken, Request, Token
 from tenon.infer.rows import EngineStats, Row, Taken
 from tenon.models.blocks import BlockKey, block_keys
@@ -54,6 +55,7 @@ class Engine:
         self._waiting: deque[Row] = deque()
         self._rows: list[Row] = []  # in the order of arrival
         self._prefix_hit_tokens, self._preemptions = 0, 0
+        self._pools = Pools()
         self._prefixes: dict[int, tuple[list[int], tuple[Tensor, Tensor]]] = {}
         self.completions: dict[int, Completion] = {}
 
@@ -91,7 +93,7 @@ class Engine:
         if len(request.prompt_ids) >= limit:
             self._finish(index, Completion((), (), "context"))
             return
-        # The last token is never fed: nothing follows it.
+        # The last token of an answer is never fed: nothing follows it.
         sequence = [*request.prompt_ids, *request.draft_ids][: limit - 1]
         self._waiting.append(Row(index, request, sequence, limit))
 
@@ -100,6 +102,7 @@ class Engine:
         """End a request, with what it has; its place is free at once. Nothing happens when it has ended already."""
         for row in [row for row in self._waiting if row.index == index]:
             self._waiting.remove(row)
+            self._pools.drop(index)
             self._finish(index, row.completion("cancelled"))
         for row in self._rows:
             if row.index == index:
@@ -131,6 +134,8 @@ class Engine:
     def _limit(self, request: Request) -> int:
         """The longest sequence that this request may become."""
         room = min(self._decoder.facts.context_tokens, self._cache.capacity_tokens)
+        if request.pooling is not None:  # all of the prompt is fed, as if one token were to follow
+            return min(room, len(request.prompt_ids)) + 1
         return min(room, len(request.prompt_ids) + max(request.max_new_tokens, len(request.draft_ids)))
 
     def _admit(self) -> None:
@@ -167,6 +172,7 @@ class Engine:
     def _release(self) -> None:
         for row in [row for row in self._rows if row.finish is not None and not row.feed]:
             assert row.finish is not None
+            self._pools.drop(row.index)
             if row.error is None:
                 self._remember(row)
                 self._finish(row.index, row.completion(row.finish))
@@ -221,6 +227,10 @@ class Engine:
         spans, wanted, draws, labels, start = [], [], [], [], 0
         for row, taken in moving:
             request, first = row.request, row.first_scored(taken.position)
+            if request.pooling is not None:
+                stop = start + len(taken.ids)
+                self._pools.add(row.index, request.pooling, hidden_TD[min(start + first, stop) : stop])
+                first = len(taken.ids)
             for offset in range(first, len(taken.ids)):
                 position = taken.position + offset + 1
                 wanted.append(start + offset)
@@ -235,7 +245,10 @@ class Engine:
         at = 0
         for (row, taken), count in zip(moving, spans, strict=True):
             row.feed, row.fed = row.feed[len(taken.ids) :], row.fed + len(taken.ids)
-            self._take_tokens(row, scored, range(at, at + count))
+            if row.request.pooling is None:
+                self._take_tokens(row, scored, range(at, at + count))
+            elif not row.feed:
+                self._take_vector(row)
             at += count
 
     def _take_tokens(self, row: Row, scored: Scored, positions: range) -> None:
@@ -262,6 +275,16 @@ class Engine:
             if row.drafting:
                 self._remember(row)
             row.drafting = False
+
+    def _take_vector(self, row: Row) -> None:
+        """Let a row have its vector: all of its prompt has been read."""
+        vector = self._pools.take(row.index)
+        if vector is not None:
+            row.embedding, row.finish = vector, "stop"
+            return
+        row.error, row.finish = not_finite(row.request.slot), "cancelled"
+        if self._on_failure is None:
+            raise row.error
 
     def _push(self, row: Row, token: Token) -> None:
         """Add one token to the answer, or end it."""
