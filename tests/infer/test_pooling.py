@@ -1,4 +1,4 @@
-"""Prompts as vectors: what a whole pass says, however the prompt was cut, whoever shared the batch, and what was lost."""
+"""Prompts as vectors: what a whole pass says, however the prompt was cut and whoever shared the batch."""
 
 from __future__ import annotations
 

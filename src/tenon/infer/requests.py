@@ -58,6 +58,11 @@ class Request:
     salt: Hashable = ""
     pooling: Pooling | None = None
 
+    @property
+    def answer_tokens(self) -> int:
+        """The most tokens that it may make."""
+        return 0 if self.pooling is not None else self.max_new_tokens
+
     def __post_init__(self) -> None:
         """Raises UsageError usage-empty-prompt, usage-sampling."""
         if not self.prompt_ids:
@@ -109,8 +114,9 @@ class Completion:
     """The answer to one request.
 
     ids: without the stop token. logprobs: of each id, in nats, under the model itself (temperature 1, no limits).
-    finish: stop (a stop token came, or a prompt that is to be a vector has been read), length (max_new_tokens reached), context (no room left in the base's context, or
-    in the prompt's case none from the start), cancelled (the caller asked).
+    finish: stop (a stop token came, or a prompt that is to be a vector has been read), length (max_new_tokens reached),
+    context (no room left in the base's context, or in the prompt's case none from the start), cancelled (the caller
+    asked).
     draft_logprobs: of each draft token given the ones before it; shorter than the draft where the context ended.
     prompt: the prompt's tokens from the second on, where the request asked for them (the first follows nothing).
     embedding: the prompt as a vector of length 1, where the request asked for that.

@@ -51,6 +51,7 @@ def serve(request: ServeRequest, emit: Emit, settings: Settings) -> None:
             drain_seconds=request.drain_seconds,
             fingerprint=request.engine.base.base_hash[:12],
             vocabulary=request.engine.facts.vocab,
+            hidden=request.engine.facts.hidden,
             version=metadata.version("tenonlm"),
             cors=request.cors,
             bounds=Bounds(most_connections=raise_handles()),

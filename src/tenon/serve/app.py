@@ -16,11 +16,13 @@ from starlette.responses import Response
 from tenon.serve.chat import chat_routes
 from tenon.serve.completions import completion_routes
 from tenon.serve.desk import Desk
+from tenon.serve.embeddings import embedding_routes
 from tenon.serve.error_replies import tell_errors
 from tenon.serve.middleware import REQUEST_ID, BodyBound, Counted, Named
 from tenon.serve.names import Listed
 from tenon.serve.protocol import ErrorBody
 from tenon.serve.replies import Model, ModelList
+from tenon.serve.tokens import token_routes
 
 _ERRORS = {
     400: "The request is at fault.",
@@ -71,6 +73,8 @@ def make_app(desk: Desk, face: Face) -> FastAPI:
     app.add_middleware(Named)
     app.include_router(chat_routes(desk))
     app.include_router(completion_routes(desk))
+    app.include_router(embedding_routes(desk))
+    app.include_router(token_routes(desk))
     app.include_router(_model_routes(desk))
     app.include_router(_state_routes(desk))
     return app

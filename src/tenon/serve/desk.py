@@ -31,13 +31,14 @@ Asked = ChatRequest | CompletionRequest
 class Desk:
     """One server as the routes see it. fingerprint: of the base, in every answer. vocabulary: tokens that it knows.
 
-    access: who may ask; None where nobody is asked for a key.
+    hidden: numbers of a hidden state. access: who may ask; None where nobody is asked for a key.
     """
 
     gate: Gate
     names: Names
     fingerprint: str
     vocabulary: int
+    hidden: int
     access: Access | None = None
 
     @property
@@ -65,15 +66,21 @@ class Desk:
         """What a key must have a right to, to ask a name."""
         return BASE if listed.entry is None else listed.name
 
-    async def ticket(self, caller: Key | None, requests: Sequence[Request]) -> Ticket | None:
-        """Let the sequences of one request in, by the most that they may come to; None where nobody is counted.
+    async def admit(self, caller: Key | None, target: Target, requests: Sequence[Request], wanted: Wanted) -> Answers:
+        """Let the sequences of one request in, by the most tokens that they may come to.
 
-        Raises ApiError 429.
+        Raises ApiError 400, 429, 503.
         """
-        if self.access is None or caller is None:
-            return None
-        most = sum(len(request.prompt_ids) + request.max_new_tokens for request in requests)
-        return await asyncio.to_thread(self.access.begin, caller, most)
+        ticket: Ticket | None = None
+        if self.access is not None and caller is not None:
+            most = sum(len(request.prompt_ids) + request.answer_tokens for request in requests)
+            ticket = await asyncio.to_thread(self.access.begin, caller, most)
+        try:
+            return self.gate.admit(target, requests, wanted, ticket)
+        except ApiError:
+            if ticket is not None:
+                ticket.end(0)
+            raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +139,7 @@ async def ask(
         )
         for prompt, sample in itertools.product(prompts, range(count))
     ]
-    ticket = await desk.ticket(caller, requests)
-    try:
-        return desk.gate.admit(target, requests, Wanted(asked.stops, detailed=scores.top is not None), ticket)
-    except ApiError:
-        if ticket is not None:
-            ticket.end(0)
-        raise
+    return await desk.admit(caller, target, requests, Wanted(asked.stops, detailed=scores.top is not None))
 
 
 async def collect(answers: Answers) -> list[Whole]:

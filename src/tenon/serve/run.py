@@ -42,13 +42,17 @@ MakeEngines = Callable[[Deliver], Engines]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """queue: sequences that may wait besides those that run. fingerprint: of the base. vocabulary: its tokens."""
+    """queue: sequences that may wait besides those that run. fingerprint: of the base. vocabulary: its tokens.
+
+    hidden: numbers of its hidden states.
+    """
 
     queue: int
     most_body_bytes: int
     drain_seconds: float
     fingerprint: str
     vocabulary: int
+    hidden: int
     version: str
     cors: tuple[str, ...] = ()
     bounds: Bounds = field(default_factory=Bounds)
@@ -110,7 +114,7 @@ class Server:
         outlet = _Outlet()
         self.engine = make_engines(outlet)
         self.gate = Gate(self.engine, tokenizer, Metrics(self.engine), most=self.engine.limits.rows + options.queue)
-        desk = Desk(self.gate, names, options.fingerprint, options.vocabulary, access)
+        desk = Desk(self.gate, names, options.fingerprint, options.vocabulary, options.hidden, access)
         face = Face(options.version, options.most_body_bytes, options.bounds.body_seconds, options.cors)
         self._http = HttpThread(make_app(desk, face), self.gate, listening, outlet, options)
 
