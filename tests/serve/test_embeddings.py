@@ -44,6 +44,10 @@ def prompt_ids(house: House, text: str) -> list[int]:
     return house.renderer.prompt_of(Completion(text, "", "test"))
 
 
+def float32(numbers: list[float]) -> np.ndarray:
+    return np.array(numbers, dtype=np.float32)
+
+
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 @pytest.mark.parametrize("model", ["base", "low", "high@1"])
 def test_vectors_are_those_of_transformers_hidden_states(
@@ -68,13 +72,13 @@ def test_texts_and_ids_numbers_and_base64_say_the_same(house: House, running: Ru
     kinds: tuple[Literal["float", "base64"], ...] = ("float", "base64")
     told = [client.embeddings.create(model="low", input=form, encoding_format=kind) for form in forms for kind in kinds]
     for found in told[::2]:
-        assert np.array_equal(np.float32(found.data[0].embedding), np.float32(told[0].data[0].embedding))
+        assert np.array_equal(float32(found.data[0].embedding), float32(told[0].data[0].embedding))
     for found in told[1::2]:
         text = found.data[0].embedding
         assert isinstance(text, str)
-        assert np.array_equal(np.frombuffer(base64.b64decode(text), "<f4"), np.float32(told[0].data[0].embedding))
+        assert np.array_equal(np.frombuffer(base64.b64decode(text), "<f4"), float32(told[0].data[0].embedding))
     default = client.embeddings.create(model="low", input=ids)  # the client asks for base64, and decodes it
-    assert np.array_equal(np.float32(default.data[0].embedding), np.float32(told[0].data[0].embedding))
+    assert np.array_equal(float32(default.data[0].embedding), float32(told[0].data[0].embedding))
     status, body = running.ask("/v1/embeddings", {"model": "low", "input": "x", "dimensions": house.base.facts.hidden})
     assert status == 200 and len(body["data"][0]["embedding"]) == house.base.facts.hidden
 
@@ -139,7 +143,7 @@ def test_the_longest_input_fills_the_context(client: OpenAI) -> None:
 
 def test_keys_have_rights_and_pay_for_inputs_alone(house: House, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("keys")
-    store, book = KeyStore(folder / "keys.json"), UsageBook(folder / "usage.db", "test")
+    store, book = KeyStore(folder / "keys.json"), UsageBook(folder / "usage.db")
     typed, key = store.create("acme", rights=("low",))
     with (
         serving(house, access=Access(store, book)) as running,

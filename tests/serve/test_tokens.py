@@ -77,7 +77,7 @@ def test_ids_that_are_none_are_refused(running: Running, tokens: object) -> None
 def test_names_need_a_right(house: House, tmp_path: Path) -> None:
     store = KeyStore(tmp_path / "keys.json")
     typed, _ = store.create("acme", rights=("low",))
-    with serving(house, access=Access(store, UsageBook(tmp_path / "usage.db", "test"))) as running:
+    with serving(house, access=Access(store, UsageBook(tmp_path / "usage.db"))) as running:
         assert running.ask("/tokenize", {"prompt": "x"})[0] == 401
         for body, status in (({"prompt": "x", "model": "low"}, 200), ({"prompt": "x"}, 403)):
             assert running.ask("/tokenize", body, key=typed)[0] == status
