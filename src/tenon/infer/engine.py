@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tenon.batch import IGNORE, AttentionLayout, Batch, Segment
 from tenon.data.pack import list_routes, slot_routes, upload
+from tenon.infer.decode_graphs import DecodeGraphs
 from tenon.infer.logits import Scored, not_finite, score_positions
 from tenon.infer.pooling import Pools
 from tenon.infer.requests import Completion, OnFailure, OnFinish, OnToken, Request, Token
@@ -43,15 +44,16 @@ class Engine:
         on_finish: OnFinish | None = None,
         on_failure: OnFailure | None = None,
         keep_prefixes: bool = False,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         """pass_tokens: most tokens of one pass; what decodes always goes. on_failure: told of scores that are not
         finite; without it `step` raises. keep_prefixes: remember full blocks for prompts that begin alike (see
-        `Request.adapter_key`).
+        `Request.adapter_key`). graphs: what replays passes of one token a row, over the same three.
         """
         self._decoder, self._bank, self._cache = decoder, bank, cache
         self._pass_tokens, self._on_token, self._on_finish = pass_tokens, on_token, on_finish
         self._on_failure = on_failure
-        self._keep_prefixes = keep_prefixes
+        self._keep_prefixes, self._graphs = keep_prefixes, graphs
         self._waiting: deque[Row] = deque()
         self._rows: list[Row] = []  # in the order of arrival
         self._prefix_hit_tokens, self._preemptions = 0, 0
@@ -215,6 +217,8 @@ class Engine:
 
     def _forward(self, passing: list[Taken]) -> Tensor:
         """Run the tokens through the decoder and into the cache; hidden states (T, D) in the order given."""
+        if self._graphs is not None and self._graphs.fits(passing):
+            return self._graphs.run(passing)
         counts = tuple(len(taken.ids) for taken in passing)
         attention = self._cache.extend(tuple(taken.place for taken in passing), counts)
         batch = _inference_batch(passing, attention.positions_T, self._decoder.tile_tokens)
@@ -238,8 +242,11 @@ class Engine:
                 labels.append(_known_token(request, position))
             spans.append(max(len(taken.ids) - first, 0))
             start += len(taken.ids)
-        (wanted_S,) = upload([np.array(wanted, dtype=np.int64)], hidden_TD.device)
-        scored = score_positions(self._decoder, hidden_TD[wanted_S], draws, labels)
+        hidden_SD = hidden_TD
+        if wanted != list(range(len(hidden_TD))):
+            (wanted_S,) = upload([np.array(wanted, dtype=np.int64)], hidden_TD.device)
+            hidden_SD = hidden_TD[wanted_S]
+        scored = score_positions(self._decoder, hidden_SD, draws, labels)
         if self._on_failure is None and False in scored.finite:
             raise not_finite(draws[scored.finite.index(False)].request.slot)
         at = 0

@@ -24,7 +24,7 @@ from tenon.batch import Batch
 from tenon.kernels.blocks_triton import TILE
 from tenon.kernels.copy_many import CopyTable, ScaledCopy, copy_many, copy_table
 from tenon.kernels.gpu import can_fuse
-from tenon.kernels.low_rank import CUT_TOKENS, RANK_STEP, LoraGroup, LowRank, Routes, Sum
+from tenon.kernels.low_rank import CUT_TOKENS, RANK_STEP, FewTokens, LoraGroup, LowRank, Routes, Sum
 from tenon.kernels.nf4 import Nf4Weight
 from tenon.kernels.rms_norm import add_norm, add_norm_backward
 from tenon.kernels.rotary import HeadShape, Rotation
@@ -257,7 +257,15 @@ class Decoder:
             if listed is None:
                 raise ValueError("fused kernels need a batch that lists its tiles: PackOptions(tile_tokens=…)")
             host = listed.listed if batch.tokens >= CUT_TOKENS else None
-            routes = Routes(listed.tiles_N3, listed.chunks_C3, listed.segments_M3, listed.whole, batch.draw_T, host)
+            routes = Routes(
+                listed.tiles_N3,
+                listed.chunks_C3,
+                listed.segments_M3,
+                listed.whole,
+                batch.draw_T,
+                host,
+                few=None if listed.few is None else FewTokens(*listed.few),
+            )
 
         rider = self._take_rider(batch, bank)
 
@@ -317,11 +325,15 @@ class Decoder:
                     copies.append(ScaledCopy(m.b_OR, target, m.scale))
         return copies
 
+    def keep_positions(self, count: int) -> None:
+        """Have the tables of so many positions at hand, where they stay as long as no row is longer."""
+        if count > self._tables[0].shape[0]:
+            length = max(count, 2 * self._tables[0].shape[0], 256)
+            self._tables = rotary_tables(self.facts.rope, self.facts.head_dim, length, self.device)
+
     def _rotation(self, batch: Batch) -> Rotation:
         """cos and sin (T, E) in the decoder's dtype, from fp32 tables that grow as rows get longer."""
-        if batch.positions_end > self._tables[0].shape[0]:
-            length = max(batch.positions_end, 2 * self._tables[0].shape[0], 256)
-            self._tables = rotary_tables(self.facts.rope, self.facts.head_dim, length, self.device)
+        self.keep_positions(batch.positions_end)
         cos_LE, sin_LE = self._tables
         return Rotation(cos_LE[batch.positions_T].to(self.dtype), sin_LE[batch.positions_T].to(self.dtype))
 
