@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,6 +17,14 @@ if TYPE_CHECKING:
 
     from tenon.cli.live import View
     from tenon.processes import Event
+
+
+class EngineName(StrEnum):
+    """Who makes the answers."""
+
+    tenon = "tenon"
+    vllm = "vllm"
+
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -43,6 +53,16 @@ def serve(
         list[str] | None,
         typer.Option("--cors", help="Origin of web pages that may ask, https://chat.example.org; again for more."),
     ] = None,
+    engine_name: Annotated[
+        EngineName, typer.Option("--engine", help="Who makes the answers: Tenon, or vLLM in an environment of its own.")
+    ] = EngineName.tenon,
+    engine_python: Annotated[
+        Path | None,
+        typer.Option("--engine-python", help="Python of vLLM's environment; by default engines/vllm in TENON_HOME."),
+    ] = None,
+    engine_options: Annotated[
+        str, typer.Option("--engine-options", help="Further options for vLLM, in one word: '--tensor-parallel-size 2'.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Events as JSON lines on standard output.")] = False,
 ) -> None:
     """Serve a base and every registered adapter that stands on it, over OpenAI's API.
@@ -52,10 +72,18 @@ def serve(
     """
     from tenon.cli.live import make_view
     from tenon.plan.requests import ServeRequest
+    from tenon.service.foreign import find_vllm
     from tenon.service.serving import Serving, open_base, public_name, stopped_by_signals
 
     session = session_of(ctx)
     cache_bytes = _parse_cache(cache)
+    foreign = None
+    if engine_name is EngineName.vllm:
+        foreign = find_vllm(engine_python, engine_options, session.settings)
+    elif engine_python is not None or engine_options:
+        raise typer.BadParameter(
+            "is for another engine: add --engine vllm", param_hint="--engine-python, --engine-options"
+        )
     engine = open_base(spec, session.settings)
     request = ServeRequest(
         engine=engine,
@@ -69,6 +97,7 @@ def serve(
         queue=queue,
         drain_seconds=drain,
         cors=tuple(cors or ()),
+        foreign=foreign,
     )
     if host not in _LOOPBACK and not session.settings.keys.is_file():
         text = f"whoever reaches {host} can use this server: no key is asked for; make one: tenon keys create TENANT"
