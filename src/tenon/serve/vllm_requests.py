@@ -17,12 +17,9 @@ _ID_PREFIX = "token_id:"
 # Fields of a request that vLLM is told, and those that only our own engine needs. Any other is refused, unless it says
 # what happens anyway.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+_SAID = ("prompt_ids", "max_new_tokens", "stop_ids", "logit_bias", "seed", "top_logprobs", "prompt_logprobs", "salt")
 _OWN = ("slot", "adapter_key")
-_PASSED_ON = frozenset(
-    ("prompt_ids", "max_new_tokens", "stop_ids", "logit_bias", "seed", "top_logprobs", "prompt_logprobs", "salt")
-    + _SAMPLING
-    + _OWN
-)
+_PASSED_ON = frozenset((*_SAMPLING, *_SAID, *_OWN))
 
 
 def completion_body(request: Request, model: str, *, secret: str) -> dict[str, Any]:
