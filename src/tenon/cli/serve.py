@@ -63,6 +63,14 @@ def serve(
     engine_options: Annotated[
         str, typer.Option("--engine-options", help="Further options for vLLM, in one word: '--tensor-parallel-size 2'.")
     ] = "",
+    log: Annotated[
+        str | None,
+        typer.Option("--log", metavar="FILE", help="A line of JSON for each request; - for standard output."),
+    ] = None,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Prompts too, in the log and in traces.")] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="OpenTelemetry spans to OTEL_EXPORTER_OTLP_ENDPOINT (extra `trace`).")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Events as JSON lines on standard output.")] = False,
 ) -> None:
     """Serve a base and every registered adapter that stands on it, over OpenAI's API.
@@ -72,6 +80,7 @@ def serve(
     """
     from tenon.cli.live import make_view
     from tenon.plan.requests import ServeRequest
+    from tenon.service.environment import require_tracing
     from tenon.service.foreign import find_vllm
     from tenon.service.serving import Serving, open_base, public_name, stopped_by_signals
 
@@ -84,6 +93,8 @@ def serve(
         raise typer.BadParameter(
             "is for another engine: add --engine vllm", param_hint="--engine-python, --engine-options"
         )
+    if trace:
+        require_tracing()
     engine = open_base(spec, session.settings)
     request = ServeRequest(
         engine=engine,
@@ -98,6 +109,9 @@ def serve(
         drain_seconds=drain,
         cors=tuple(cors or ()),
         foreign=foreign,
+        log=None if log is None else log if log == "-" else str(Path(log).absolute()),
+        log_prompts=log_prompts,
+        trace=trace,
     )
     if host not in _LOOPBACK and not session.settings.keys.is_file():
         text = f"whoever reaches {host} can use this server: no key is asked for; make one: tenon keys create TENANT"
@@ -116,6 +130,9 @@ def serve(
         if ready is not None:
             _show_ready(session, ready, as_json=as_json)
         for event in events:
+            if event["kind"] == "request":
+                session.write_json(event)
+                continue
             view.say(str(event.get("text", event["kind"])))
         serving.finish()
 

@@ -16,6 +16,7 @@ from tenon.models.decoder import Decoder
 from tenon.pipeline.foreign import foreign_engines
 from tenon.pipeline.slot_data import Emit
 from tenon.pipeline.talking import open_engine
+from tenon.pipeline.watching import open_watch
 from tenon.plan.requests import ServeRequest
 from tenon.registry.store import Registry
 from tenon.serve.access import Access
@@ -45,6 +46,7 @@ def serve(request: ServeRequest, emit: Emit, settings: Settings) -> None:
             renderer, make_engines = foreign_engines(request, request.foreign, emit, settings)
         registry = Registry(settings.registry)
         names = Names(registry, renderer, base=request.name, base_hash=request.engine.base.base_hash)
+        watch = open_watch(request, settings, renderer.tokenizer, emit)
         options = Options(
             queue=request.queue,
             most_body_bytes=request.most_body_bytes,
@@ -55,10 +57,12 @@ def serve(request: ServeRequest, emit: Emit, settings: Settings) -> None:
             version=metadata.version("tenonlm"),
             cors=request.cors,
             bounds=Bounds(most_connections=raise_handles()),
+            observers=watch.observers,
+            keep_prompts=request.log_prompts,
         )
         access = Access(KeyStore(settings.keys), UsageBook(settings.usage))
         server = Server(make_engines, renderer.tokenizer, names, listening=listening, options=options, access=access)
-        with closing(access), stopped_by_signals(server):
+        with closing(access), closing(watch), stopped_by_signals(server):
             server.start()
             limits = server.engine.limits
             told = {"rows": limits.rows, "context_tokens": limits.context_tokens, "slots": limits.slots}

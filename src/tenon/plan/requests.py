@@ -144,8 +144,9 @@ class ServeRequest(Value):
     sequences at a time. context_tokens: the longest, prompt and answer together. cache_bytes: of all keys and values;
     when they are full, the youngest sequence waits. queue: sequences that may wait besides. drain_seconds: what runs
     may take so long to finish. foreign: who makes the sequences instead of this package. cors: origins of web pages
-    that may ask, `*` for any.
-    Event: `ready` {url, name, rows, context_tokens, slots}.
+    that may ask, `*` for any. log: a file for a line of JSON for each request, `-` for events; log_prompts: with its
+    prompts. trace: spans to `Settings.otlp_endpoint`.
+    Events: `ready` {url, name, rows, context_tokens, slots}; with log `-`, `request` {id, status, …} for each.
     """
 
     engine: Engine
@@ -161,6 +162,9 @@ class ServeRequest(Value):
     drain_seconds: float = 30.0
     foreign: ForeignEngine | None = None
     cors: tuple[str, ...] = ()
+    log: str | None = None
+    log_prompts: bool = False
+    trace: bool = False
 
 
 class ChatStart(Value):

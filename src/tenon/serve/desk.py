@@ -19,6 +19,7 @@ from tenon.serve.api_errors import ApiError
 from tenon.serve.gate import Answers, Gate, Wanted
 from tenon.serve.names import BASE, Listed, Names, Target
 from tenon.serve.protocol import ChatRequest, CompletionRequest
+from tenon.serve.records import current
 from tenon.serve.said import Finish, Piece, SaidToken
 from tenon.tenants.keys import Key
 
@@ -53,7 +54,10 @@ class Desk:
 
     async def caller(self, authorization: str | None) -> Key | None:
         """Whose request it is, from its header; None where no key is asked for. Raises ApiError 401."""
-        return None if self.access is None else await asyncio.to_thread(self.access.caller, authorization)
+        found = None if self.access is None else await asyncio.to_thread(self.access.caller, authorization)
+        if found is not None:
+            current().tenant, current().key = found.tenant, found.id
+        return found
 
     async def find(self, name: str, caller: Key | None) -> Target:
         """Who answers. Raises AdapterError; ApiError 403, and 503 once the server is being stopped."""

@@ -16,10 +16,14 @@ from tenon.errors import StopRequestedError, TenonError
 from tenon.infer.requests import Completion, Request, Token
 from tenon.serve.access import Ticket
 from tenon.serve.api_errors import ApiError
-from tenon.serve.jobs import Ended, Engines, Event, Failed, Job
+from tenon.serve.jobs import Ended, Engines, Event, Failed, Job, Waits
 from tenon.serve.metrics import Metrics
 from tenon.serve.names import Target
-from tenon.serve.said import Piece, Saying, TokenTexts
+from tenon.serve.records import current_for_answers
+from tenon.serve.said import Finish, Piece, Saying, TokenTexts
+
+# A request may have thousands of sequences; how the first ones ended is told.
+_MOST_FINISHES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +109,9 @@ class Answers:
         self._sent_tokens = 0
         self._failed = False
         self.completions: dict[int, Completion] = {}
-        self._began = time.monotonic()
-        self._first: float | None = None
+        self._record = current_for_answers()
+        if self._record.keep_prompts:
+            self._record.prompts = tuple(request.prompt_ids for request in requests)
 
     def __enter__(self) -> Answers:
         return self
@@ -116,6 +121,8 @@ class Answers:
 
     def start(self) -> None:
         """Hand the jobs to the engine."""
+        if self._record.submitted is None:
+            self._record.submitted, self._record.sequences = time.monotonic(), len(self._sayings)
         while self._unsent and len(self._jobs) < self._at_once:
             job = self._unsent.popleft()
             self._jobs[len(self._sayings) - len(self._unsent) - 1] = job
@@ -124,6 +131,7 @@ class Answers:
 
     def cancel(self) -> None:
         """End what still runs, and count what was done."""
+        self._record.cut_off |= bool(self._jobs)
         for job in self._jobs.values():
             self._gate.engine.cancel(job)
         self._jobs.clear()
@@ -160,7 +168,9 @@ class Answers:
                 self.completions[index] = event.completion
                 self._jobs.pop(index)
                 self.start()
-                yield stopped.pop(index, None) or self._sayings[index].end(event.completion.finish)
+                last = stopped.pop(index, None) or self._sayings[index].end(event.completion.finish)
+                self._note_end(event.waits, last.finish or "length")
+                yield last
             elif index not in stopped:
                 piece = self._heard(event, self._sayings[index])
                 if piece.finish is None:
@@ -171,14 +181,22 @@ class Answers:
 
     def _heard(self, token: Token, saying: Saying) -> Piece:
         self.completion_tokens += 1
-        if self._first is None:
-            self._first = time.monotonic()
-            self._gate.metrics.first_token.observe(self._first - self._began)
+        if self._record.first is None:
+            self._record.first = time.monotonic()
         return saying.take(token)
 
+    def _note_end(self, waits: Waits | None, finish: Finish) -> None:
+        """A sequence has ended."""
+        record = self._record
+        if len(record.finish) < _MOST_FINISHES:
+            record.finish = (*record.finish, finish)
+        if waits is not None:
+            old = record.waits or waits
+            record.waits = Waits(
+                max(old.adapter_seconds, waits.adapter_seconds), max(old.place_seconds, waits.place_seconds)
+            )
+
     def _count(self) -> None:
-        metrics, tokens, label = self._gate.metrics, self.completion_tokens, self.target.label
-        if self._first is not None and tokens > len(self._sayings):
-            metrics.next_token.observe((time.monotonic() - self._first) / (tokens / len(self._sayings)))
-        metrics.prompt_tokens.labels(label).inc(self._sent_tokens)
-        metrics.completion_tokens.labels(label).inc(tokens)
+        record = self._record
+        record.model, record.last = self.target.label, time.monotonic()
+        record.prompt_tokens, record.completion_tokens = self._sent_tokens, self.completion_tokens

@@ -18,10 +18,19 @@ class AdapterRef:
 
 
 @dataclass(frozen=True, slots=True)
+class Waits:
+    """What a sequence waited for: its adapter, then a place in the batch."""
+
+    adapter_seconds: float
+    place_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
-    """The sequence is complete, or was cancelled."""
+    """The sequence is complete, or was cancelled. waits: None where nobody measured."""
 
     completion: Completion
+    waits: Waits | None = None
 
 
 @dataclass(frozen=True, slots=True)
