@@ -33,6 +33,7 @@ from tenon.models import layer as layers
 from tenon.models.attention import Attention, PackedAttention
 from tenon.models.frozen import DenseLinear, FrozenKind, FrozenLinear
 from tenon.models.frozen_formats import make_frozen
+from tenon.models.frozen_packed import PackedLinear, can_pack, packed
 from tenon.models.frozen_plain import plain_linear
 from tenon.models.host import HostStore
 from tenon.models.layer import Keep, Layer, LayerTape, Pass, Stream
@@ -113,6 +114,7 @@ class Decoder:
         self._border_table: CopyTable | None = None
         self.embedding_VD = self._empty(facts.vocab, facts.hidden)
         self.head_VD = self.embedding_VD if facts.tied_head else self._empty(facts.vocab, facts.hidden)
+        self._packed_head: PackedLinear | None = None
         self.final_norm_D = self._empty(facts.hidden)
         self.layers = [self._empty_layer() for _ in range(0 if sharing else facts.layers)]
         self.walk: LayerWalk = (
@@ -183,6 +185,15 @@ class Decoder:
         for layer in self.walk.up() if base else ():
             layer.stacks = {stack: plain_linear(linear) for stack, linear in layer.stacks.items()}
 
+    def pack(self) -> None:
+        """Lay the weights out as products on a CPU read them, where that can be: for inference alone, and a head that
+        is the embedding too is there twice. See `models.frozen_packed`.
+        """
+        for layer in self.layers:
+            layer.stacks = {stack: packed(linear) for stack, linear in layer.stacks.items()}
+        if can_pack(self.head_VD):
+            self._packed_head = PackedLinear(self.head_VD)
+
     # ---- weights in and out -------------------------------------------------------------------------------------
 
     def places(self) -> dict[str, Place]:
@@ -247,7 +258,8 @@ class Decoder:
 
     def logits(self, hidden_LD: Tensor) -> Tensor:
         """(L, V) scores of the next token, for the hidden states that need them."""
-        return functional.linear(hidden_LD, self.head_VD)
+        head = self._packed_head
+        return functional.linear(hidden_LD, self.head_VD) if head is None else head.apply(hidden_LD)
 
     def _passes(self, batch: Batch, bank: Bank | None, attention: Attention) -> list[Pass]:
         """What each layer is told of the batch."""

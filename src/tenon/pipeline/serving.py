@@ -73,6 +73,7 @@ def serve(request: ServeRequest, emit: Emit, settings: Settings) -> None:
 def _own_engines(request: ServeRequest, emit: Emit, settings: Settings) -> tuple[Renderer, MakeEngines]:
     """The base in this process, how it is asked, and the engine over it."""
     bench, renderer = open_engine(request.engine, settings, emit)
+    bench.decoder.pack()
     limits = cache_limits(request, bench.decoder)
     read = AdapterReader(Registry(settings.registry))
 
