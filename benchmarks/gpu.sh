@@ -5,6 +5,7 @@
 #   benchmarks/gpu.sh OUTDIR parity [words of gpu_parity.py]
 #   benchmarks/gpu.sh OUTDIR ranks  [words of gpu_ranks.py]        on two GPUs
 #   benchmarks/gpu.sh OUTDIR profile [words of gpu_profile.py]
+#   benchmarks/gpu.sh OUTDIR serve [words of gpu_serve.py]
 #   benchmarks/gpu.sh OUTDIR tests  [words of pytest]
 #   benchmarks/gpu.sh OUTDIR keep   keeps the pieces of the base that came this time, for a later call on this machine
 # Results begin from those in benchmarks/results, add up over calls on one machine, and lie in OUTDIR with the log; take
@@ -12,7 +13,7 @@
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=${1:?folder for results}
-what=${2:?step, first, parity, profile, ranks, tests or keep}
+what=${2:?step, first, parity, profile, serve, ranks, tests or keep}
 shift 2
 python=${PYTHON:-python3}
 kept=${TMPDIR:-/tmp}/tenon-gpu
@@ -65,8 +66,9 @@ case $what in
     run gpu_parity --base "$kept/smollm2-135m.gguf" "$@"
     ;;
   profile) run gpu_profile "$@" ;;
+  serve) run gpu_serve "$@" ;;
   ranks) run gpu_ranks "$@" ;;
   tests) run gpu_tests "$@" ;;
   keep) keep_base && ls -la "$kept/base" ;;
-  *) echo "$what is none of step, first, parity, profile, ranks, tests, keep" >&2 && exit 2 ;;
+  *) echo "$what is none of step, first, parity, profile, serve, ranks, tests, keep" >&2 && exit 2 ;;
 esac

@@ -77,7 +77,7 @@ class SlotRoutes:
 
     tiles_N3: (slot or NO_SLOT, start, stop) of tiles of tokens. chunks_C3: the same of longer runs. segments_M3: (slot,
     first chunk, the one after its last) of each run that has a slot. whole: each of these has one chunk. listed: tiles
-    and chunks once more, on the host.
+    and chunks once more, on the host. few: the tensors of `kernels.low_rank.FewTokens`.
     """
 
     tiles_N3: Tensor
@@ -85,6 +85,7 @@ class SlotRoutes:
     segments_M3: Tensor
     whole: bool
     listed: tuple[np.ndarray, np.ndarray]
+    few: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ class Settings:
     debug: show tracebacks (TENON_DEBUG=1).
     worker: module that runs as the worker process (TENON_WORKER); `tenon.worker.fake` does no arithmetic.
     visible_devices: GPUs that this process may use, as CUDA reads them (CUDA_VISIBLE_DEVICES); None is all of them.
+    otlp_endpoint: where traces go, OTLP over HTTP (OTEL_EXPORTER_OTLP_ENDPOINT).
     rank, ranks, rendezvous: which of how many processes of one run this is, and the host:port where they meet; set by
     torchrun, which starts them (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; heeded with TORCHELASTIC_RUN_ID alone).
     """
@@ -34,6 +35,7 @@ class Settings:
     debug: bool
     worker: str = "tenon.worker"
     visible_devices: str | None = None
+    otlp_endpoint: str = "http://127.0.0.1:4318"
     rank: int = 0
     ranks: int = 1
     rendezvous: str = ""
@@ -67,6 +69,7 @@ def read_settings(environ: dict[str, str] | None = None) -> Settings:
         debug=_truthy(env.get("TENON_DEBUG")),
         worker=env.get("TENON_WORKER") or "tenon.worker",
         visible_devices=env.get("CUDA_VISIBLE_DEVICES"),
+        otlp_endpoint=env.get("OTEL_EXPORTER_OTLP_ENDPOINT") or "http://127.0.0.1:4318",
         rank=int(env.get("RANK") or 0) if started else 0,
         ranks=int(env.get("WORLD_SIZE") or 1) if started else 1,
         rendezvous=f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}" if started else "",
@@ -75,7 +78,6 @@ def read_settings(environ: dict[str, str] | None = None) -> Settings:
 
 def child_environment(settings: Settings) -> dict[str, str]:
     """The environment for a process that is to have these settings: this process's own, with them written in."""
-    devices = {} if settings.visible_devices is None else {"CUDA_VISIBLE_DEVICES": settings.visible_devices}
     return {
         **_allocator(os.environ),
         # Threads that wait for each other by spinning are many times slower as soon as anything else wants a core.
@@ -87,7 +89,6 @@ def child_environment(settings: Settings) -> dict[str, str]:
         "TENON_THREADS": str(settings.threads),
         "TENON_DEBUG": "1" if settings.debug else "0",
         "TENON_WORKER": settings.worker,
-        **devices,
     }
 
 

@@ -116,6 +116,20 @@ def test_aliases_move_and_go_back(tenon: Command, registry: Registry) -> None:
     assert tenon("adapters", "rollback", "helper@prod").out == "helper@prod: 1\n"
     assert "adapter-in-use" in tenon("adapters", "remove", "helper@1", "--yes").err
     assert json.loads(tenon("adapters", "show", "helper@prod", "--json").out)["version"] == 1
+    shown = tenon("adapters", "aliases").out
+    assert "asked for" in shown and "from 1 95%, 2 5%" in shown, "why it stands where it does"
+    done = tenon("adapters", "guard", "helper@prod", "--errors", "0.05", "--metric", "accuracy", "--drop", "0.01")
+    assert done.out == "helper@prod: errors 0.05 of 20 in 600 s, accuracy 0.01\n"
+    assert "errors 0.05 of 20" in tenon("adapters", "aliases").out
+    done = tenon("adapters", "alias", "helper@prod", "2")
+    assert done.status == 1 and "error[adapter-guard]" in done.err and "--force" in done.err
+    assert tenon("adapters", "alias", "helper@prod", "1:1", "2:1", "--sticky", "--force").out == (
+        "helper@prod: 1 50%, 2 50%; sticky\n"
+    )
+    assert tenon("adapters", "guard", "helper@prod", "--off").out == "helper@prod: no guard\n"
+    assert tenon("adapters", "guard", "helper@prod").status == 2
+    assert "error[recipe-metric-unknown]" in tenon("adapters", "guard", "helper@prod", "--metric", "acuracy").err
+    tenon("adapters", "alias", "helper@prod", "1")
     assert tenon("adapters", "unalias", "helper@prod").out == "forgotten: helper@prod\n"
     for words in (("helper@prod", "x"), ("helper", "1")):
         done = tenon("adapters", "alias", *words)

@@ -18,7 +18,7 @@ def test_the_reference_is_up_to_date() -> None:
 def test_the_reference_has_every_command() -> None:
     names = re.findall(r"^## `(tenon [a-z ]+)", reference(), flags=re.MULTILINE)
     commands = {" ".join(name.split()) for name in names}
-    assert len(commands) == 29
+    assert len(commands) == 30
     assert {"tenon train", "tenon resume", "tenon recipe explain", "tenon adapters export"} <= commands
 
 

@@ -96,15 +96,16 @@ class Running:
         """A connection of one's own."""
         return http.client.HTTPConnection(self.host, self.port, timeout=30)
 
-    def ask(self, path: str, body: Any = None) -> tuple[int, Any]:
+    def ask(self, path: str, body: Any = None, *, key: str = "") -> tuple[int, Any]:
         """Status and JSON of one answer. body: sent as JSON, or as it is when it is bytes; None is a GET."""
         connection = self.connect()
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
         try:
             if body is None:
-                connection.request("GET", path)
+                connection.request("GET", path, headers=headers)
             else:
                 data = body if isinstance(body, bytes) else json.dumps(body).encode()
-                connection.request("POST", path, data, {"Content-Type": "application/json"})
+                connection.request("POST", path, data, headers)
             answer = connection.getresponse()
             text = answer.read()
             return answer.status, json.loads(text) if text[:1] in b"{[" else text.decode()
@@ -160,7 +161,8 @@ def serving(house: House, **changes: Any) -> Iterator[Running]:
     names = Names(house.registry, house.renderer, base="tiny", base_hash=house.base.base_hash)
     with listen("127.0.0.1", 0) as listening:
         host, _, port = address(listening).removeprefix("http://").partition(":")
-        options = Options(fingerprint="fp", vocabulary=house.base.facts.vocab, version="0", **fields)
+        facts = house.base.facts
+        options = Options(fingerprint="fp", vocabulary=facts.vocab, hidden=facts.hidden, version="0", **fields)
         tokenizer = house.renderer.tokenizer
 
         def make_engine(deliver: Deliver) -> EngineLoop:

@@ -45,7 +45,9 @@ def test_metrics_count_what_was_done(running: Running, client: OpenAI) -> None:
     assert grown('tenon_prompt_tokens_total{model="high@1"}') == found.usage.prompt_tokens
     assert grown('tenon_requests_total{route="/v1/completions",status="200"}') == 1
     assert grown('tenon_requests_total{route="/v1/completions",status="404"}') == 1
-    assert grown("tenon_time_to_first_token_seconds_count") == 1
+    assert grown('tenon_time_to_first_token_seconds_count{model="high@1"}') == 1
+    assert grown('tenon_model_requests_total{model="high@1",outcome="ok"}') == 1
+    assert grown('tenon_errors_total{code="model_not_found"}') == 1
     assert after["tenon_sequences_running"] == 0 and after["tenon_adapters_resident"] >= 1
     assert not [key for key in after if "nobody" in key]
 

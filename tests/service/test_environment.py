@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from tenon.errors import PlanError, TenonError, UsageError
-from tenon.service.environment import NEEDED, NEEDED_TO_SERVE, OLDEST, require_serving, require_training
+from tenon.service.environment import (
+    NEEDED,
+    NEEDED_TO_SERVE,
+    NEEDED_TO_TRACE,
+    OLDEST,
+    require_serving,
+    require_tracing,
+    require_training,
+)
 
 PROJECT = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())
 
@@ -52,6 +60,17 @@ def test_serving_needs_more() -> None:
     assert error.value.got == "no uvicorn" and error.value.hint == "pip install 'tenonlm[train,serve]'"
 
 
+def test_tracing_needs_its_own() -> None:
+    require_tracing(lambda _name: "1.45")
+
+    def version_of(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    with pytest.raises(UsageError) as error:
+        require_tracing(version_of)
+    assert error.value.hint == "pip install 'tenonlm[train,serve,trace]'"
+
+
 @pytest.mark.parametrize("version", ["2.10.1", "2.9.0+cu128", "1.13.1"])
 def test_an_old_torch(version: str) -> None:
     error = refusal(torch=version)
@@ -73,5 +92,7 @@ def test_the_train_extra_names_the_same_packages_and_versions() -> None:
     assert set(NEEDED) <= set(named)
     serving = PROJECT["project"]["optional-dependencies"]["serve"]
     assert {re.split(r"[<>=]", requirement)[0] for requirement in serving} == set(NEEDED_TO_SERVE)
+    tracing = PROJECT["project"]["optional-dependencies"]["trace"]
+    assert {re.split(r"[<>=]", requirement)[0] for requirement in tracing} == set(NEEDED_TO_TRACE)
     for name, oldest in OLDEST.items():
         assert named[name] == f"{name}>={oldest}"

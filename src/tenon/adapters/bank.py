@@ -208,6 +208,11 @@ class AdapterBank:
         self.facts, self.dtype, self.device = facts, dtype, device
         self.slots: dict[int, Slot] = {}
         self._tables: dict[tuple[int, str], Tensor] = {}
+        self._whole_table: Tensor | None = None
+        self._least_slots = 0
+        self._stale = True
+        # Counts how often the tables moved to another place in memory.
+        self.table_moves = 0
         self._bounds = {stack: _stack_bounds(facts, modules) for stack, modules in STACKS.items()}
 
     def add(self, name: str, shape: SlotShape, *, trained: bool) -> int:
@@ -217,13 +222,27 @@ class AdapterBank:
         """
         number = next(i for i in range(len(self.slots) + 1) if i not in self.slots)
         self.slots[number] = Slot(name, shape, self.facts, trained=trained, dtype=self.dtype, device=self.device)
-        self._tables.clear()
+        self._stale = True
         return number
 
     def remove(self, number: int) -> None:
         """Free a slot; batches that name it are refused from then on."""
         del self.slots[number]
-        self._tables.clear()
+        self._stale = True
+
+    def keep_room(self, slots: int) -> None:
+        """Let the tables that kernels read stay where they are while there are no more slots than this."""
+        self._least_slots = slots
+
+    def bounds(self, stack: str) -> tuple[int, ...]:
+        """Where each module's outputs begin in a stacked weight, and the end."""
+        return self._bounds[stack]
+
+    @property
+    def most_rank(self) -> int:
+        """The widest stored rank of one module in any slot."""
+        ranks = (m.b_OR.shape[1] for slot in self.slots.values() for g in slot.groups.values() for m in g.members)
+        return max(ranks, default=0)
 
     def lowest_layer(self, batch: Batch) -> int:
         """See `models.decoder.Bank.lowest_layer`."""
@@ -255,18 +274,28 @@ class AdapterBank:
         rank = max(m.rank_stop - m.rank_start for part in parts for m in part.group.members)
         # Rows of whole 32 bytes, which the kernels read fastest.
         width = -(-width // 16) * 16
-        table_SF = None if routes is None else self._table(layer, stack)
+        table_SF = None if routes is None else self.table(layer, stack)
         return LowRank(tuple(parts), self._bounds[stack], width, rank, routes, table_SF)
 
-    def _table(self, layer: int, stack: str) -> Tensor:
-        """The facts of all slots at one stacked weight, as kernels read them; all tables are made in one copy."""
-        if not self._tables:
-            last = max(self.slots)
-            places = [(i, name) for i in range(self.facts.layers) for name in STACKS]
-            groups = [self.slots[n].groups.get(p) if n in self.slots else None for p in places for n in range(last + 1)]
-            whole = site_table(groups, self.device).view(len(places), last + 1, -1)
-            self._tables = dict(zip(places, whole.unbind(), strict=True))
+    def table(self, layer: int, stack: str) -> Tensor:
+        """The facts of all slots at one stacked weight, as kernels read them: see `kernels.low_rank.site_table`."""
+        self.fill_tables()
         return self._tables[layer, stack]
+
+    def fill_tables(self) -> None:
+        """Bring the tables up to date, all in one copy; in place where they have room for the slots."""
+        if not self._stale:
+            return
+        count = max([self._least_slots, *(number + 1 for number in self.slots)])
+        places = [(i, name) for i in range(self.facts.layers) for name in STACKS]
+        groups = [self.slots[n].groups.get(p) if n in self.slots else None for p in places for n in range(count)]
+        fresh = site_table(groups, self.device).view(len(places), count, -1)
+        if self._whole_table is not None and self._whole_table.shape == fresh.shape:
+            self._whole_table.copy_(fresh)
+        else:
+            self._whole_table, self.table_moves = fresh, self.table_moves + 1
+            self._tables = dict(zip(places, fresh.unbind(), strict=True))
+        self._stale = False
 
 
 def _stack_bounds(facts: ModelFacts, modules: tuple[str, ...]) -> tuple[int, ...]:

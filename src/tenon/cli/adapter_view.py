@@ -41,13 +41,25 @@ def entries_table(entries: Sequence[Entry]) -> Table:
 def aliases_table(aliases: Mapping[str, Alias]) -> Table:
     """One alias a line, with what it stood for last."""
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
-    for head in ("alias", "version", "before", "since"):
-        table.add_column(head, no_wrap=True)
+    for head in ("alias", "version", "before", "since", "guard", "rolled back"):
+        table.add_column(head, no_wrap=head != "rolled back")
     for name, alias in aliases.items():
         before = alias.before[0].describe() if alias.before else "-"
-        since = f"{datetime.fromtimestamp(alias.target.since).astimezone():%Y-%m-%d %H:%M}"
-        table.add_row(Text(name, "bold"), Text(alias.target.describe()), Text(before, "dim"), Text(since, "dim"))
+        guard = "-" if alias.guard is None else alias.guard.describe()
+        table.add_row(
+            Text(name, "bold"),
+            Text(alias.target.describe()),
+            Text(before, "dim"),
+            Text(_moment(alias.target.since), "dim"),
+            Text(guard, "dim"),
+            Text(_rolled_back(alias)),
+        )
     return table
+
+
+def _rolled_back(alias: Alias) -> str:
+    back = alias.rolled_back
+    return "-" if back is None else f"from {back.left.describe()} at {_moment(back.at)}: {back.reason}"
 
 
 def show_entry(console: Console, entry: Entry, folder: Path) -> None:
@@ -98,4 +110,8 @@ def _template(entry: Entry) -> str:
 
 
 def _when(entry: Entry) -> str:
-    return f"{datetime.fromtimestamp(entry.created).astimezone():%Y-%m-%d %H:%M}"
+    return _moment(entry.created)
+
+
+def _moment(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M}"

@@ -154,12 +154,48 @@ def alias(
     shadow: Annotated[
         int | None, typer.Option("--shadow", metavar="VERSION", help="Asked too; its answers are only counted.")
     ] = None,
+    sticky: Annotated[
+        bool, typer.Option("--sticky", help="Of several versions each tenant is dealt one, and keeps it.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also a version that the guard's metric keeps out.")] = False,
 ) -> None:
     """Let NAME@ALIAS stand for a version, or for several with shares (3:95 4:5), from this instant on."""
     from tenon.service.adapters import set_alias
 
     session = session_of(ctx)
-    session.out.print(f"{name}: {set_alias(name, versions, shadow, session.settings).target.describe()}", markup=False)
+    moved = set_alias(name, versions, shadow, session.settings, sticky=sticky, force=force)
+    session.out.print(f"{name}: {moved.target.describe()}", markup=False)
+
+
+@adapters_app.command("guard")
+def guard(
+    ctx: typer.Context,
+    name: AliasName,
+    errors: Annotated[
+        float | None,
+        typer.Option("--errors", min=0, max=0.999, help="Largest share of requests that a new version may fail."),
+    ] = None,
+    requests: Annotated[int, typer.Option("--requests", min=1, help="Requests before --errors is looked at.")] = 20,
+    seconds: Annotated[float, typer.Option("--seconds", min=1, help="How far back --errors looks.")] = 600.0,
+    metric: Annotated[
+        str | None, typer.Option("--metric", help="A version worse in this metric than the one before is kept out.")
+    ] = None,
+    drop: Annotated[float, typer.Option("--drop", min=0, help="By how much it may be worse.")] = 0.0,
+    off: Annotated[bool, typer.Option("--off", help="Take the guard away.")] = False,
+) -> None:
+    """Guard NAME@ALIAS: servers roll it back by themselves when the version that it was moved to fails too often, and a
+    version that was judged worse is kept out.
+    """
+    from tenon.registry.aliases import Guard
+    from tenon.service.adapters import guard_alias
+
+    session = session_of(ctx)
+    if off == (errors is not None or metric is not None):
+        raise typer.BadParameter("give --errors or --metric, or --off", param_hint="--errors")
+    wanted = Guard(errors=errors, requests=requests, seconds=seconds, metric=metric, drop=drop)
+    guarded = guard_alias(name, None if off else wanted, session.settings)
+    said = "no guard" if guarded.guard is None else guarded.guard.describe()
+    session.out.print(f"{name}: {said}", markup=False)
 
 
 @adapters_app.command("rollback")

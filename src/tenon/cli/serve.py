@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,6 +17,14 @@ if TYPE_CHECKING:
 
     from tenon.cli.live import View
     from tenon.processes import Event
+
+
+class EngineName(StrEnum):
+    """Who makes the answers."""
+
+    tenon = "tenon"
+    vllm = "vllm"
+
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -43,36 +53,48 @@ def serve(
         list[str] | None,
         typer.Option("--cors", help="Origin of web pages that may ask, https://chat.example.org; again for more."),
     ] = None,
-    replicas: Annotated[
-        str,
-        typer.Option(
-            "--replicas",
-            metavar="N|A-B|auto",
-            help="Engines, each in a process of its own with its own GPU or part of the CPU; A-B: as many as are "
-            "needed; auto: one a GPU. 1 is one in the server's own process.",
-        ),
-    ] = "1",
-    queue_delay: Annotated[
-        float, typer.Option("--queue-delay", min=0.01, help="Wait in seconds that brings another of A-B replicas.")
-    ] = 1.0,
-    silence: Annotated[
-        float, typer.Option("--silence", min=1.0, help="Seconds after which a replica that says nothing is replaced.")
-    ] = 120.0,
+    engine_name: Annotated[
+        EngineName, typer.Option("--engine", help="Who makes the answers: Tenon, or vLLM in an environment of its own.")
+    ] = EngineName.tenon,
+    engine_python: Annotated[
+        Path | None,
+        typer.Option("--engine-python", help="Python of vLLM's environment; by default engines/vllm in TENON_HOME."),
+    ] = None,
+    engine_options: Annotated[
+        str, typer.Option("--engine-options", help="Further options for vLLM, in one word: '--tensor-parallel-size 2'.")
+    ] = "",
+    log: Annotated[
+        str | None,
+        typer.Option("--log", metavar="FILE", help="A line of JSON for each request; - for standard output."),
+    ] = None,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Prompts too, in the log and in traces.")] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="OpenTelemetry spans to OTEL_EXPORTER_OTLP_ENDPOINT (extra `trace`).")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Events as JSON lines on standard output.")] = False,
 ) -> None:
     """Serve a base and every registered adapter that stands on it, over OpenAI's API.
 
     `model` is the base's name, an adapter's NAME (its newest version) or NAME@VERSION; what is registered later answers
-    too. SIGTERM and Ctrl-C take nothing new and let what runs finish; a second Ctrl-C ends at once. SIGUSR1 replaces
-    the replicas by new ones, one after the other.
+    too. SIGTERM and Ctrl-C take nothing new and let what runs finish; a second Ctrl-C ends at once.
     """
     from tenon.cli.live import make_view
-    from tenon.plan.replicas import plan_replicas
     from tenon.plan.requests import ServeRequest
+    from tenon.service.environment import require_tracing
+    from tenon.service.foreign import find_vllm
     from tenon.service.serving import Serving, open_base, public_name, stopped_by_signals
 
     session = session_of(ctx)
     cache_bytes = _parse_cache(cache)
+    foreign = None
+    if engine_name is EngineName.vllm:
+        foreign = find_vllm(engine_python, engine_options, session.settings)
+    elif engine_python is not None or engine_options:
+        raise typer.BadParameter(
+            "is for another engine: add --engine vllm", param_hint="--engine-python, --engine-options"
+        )
+    if trace:
+        require_tracing()
     engine = open_base(spec, session.settings)
     request = ServeRequest(
         engine=engine,
@@ -86,14 +108,10 @@ def serve(
         queue=queue,
         drain_seconds=drain,
         cors=tuple(cors or ()),
-        replicas=plan_replicas(
-            replicas,
-            engine,
-            cache_bytes=cache_bytes,
-            visible_devices=session.settings.visible_devices,
-            queue_delay_seconds=queue_delay,
-            silence_seconds=silence,
-        ),
+        foreign=foreign,
+        log=None if log is None else log if log == "-" else str(Path(log).absolute()),
+        log_prompts=log_prompts,
+        trace=trace,
     )
     if host not in _LOOPBACK and not session.settings.keys.is_file():
         text = f"whoever reaches {host} can use this server: no key is asked for; make one: tenon keys create TENANT"
@@ -112,6 +130,9 @@ def serve(
         if ready is not None:
             _show_ready(session, ready, as_json=as_json)
         for event in events:
+            if event["kind"] == "request":
+                session.write_json(event)
+                continue
             view.say(str(event.get("text", event["kind"])))
         serving.finish()
 
@@ -140,10 +161,9 @@ def _show_ready(session: Session, event: Event, *, as_json: bool) -> None:
         return
     url, name = event["url"], event["name"]
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "hello"}]}, ensure_ascii=False)
-    replicas = f"{event['replicas']} replicas, " if event.get("replicas", 1) > 1 else ""
     session.out.print(
-        f"{name} at {url}: {replicas}{event['rows']} sequences of {event['context_tokens']:,} tokens, {event['slots']} "
-        "adapters at a time",
+        f"{name} at {url}: {event['rows']} sequences of {event['context_tokens']:,} tokens, {event['slots']} adapters "
+        "at a time",
         markup=False,
         soft_wrap=True,
     )

@@ -162,6 +162,17 @@ class Renderer:
         text = self._plain(voice, self._conversation(messages, tools), source, prompt=True)
         return self.tokenizer.encode_opening(text + voice.habits.missing_header)
 
+    def whole(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] | None = None,
+        *,
+        source: str = "the request",
+    ) -> list[int]:
+        """Ids of a conversation as it stands, with no turn opened after it. Raises as `prompt`."""
+        voice = self._voice_for(tools, source)
+        return self.tokenizer.encode(self._plain(voice, self._conversation(messages, tools), source))
+
     def prompt_of(self, row: Row) -> list[int]:
         """The prompt of a row: a chat up to its last assistant turn, the prompt of a completion, nothing of a text."""
         if isinstance(row, Text):

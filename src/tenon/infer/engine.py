@@ -12,7 +12,7 @@ This module knows no text, and no more of a request than `Request` says.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,7 +20,9 @@ from torch import Tensor
 
 from tenon.batch import IGNORE, AttentionLayout, Batch, Segment
 from tenon.data.pack import list_routes, slot_routes, upload
+from tenon.infer.decode_graphs import DecodeGraphs
 from tenon.infer.logits import Scored, not_finite, score_positions
+from tenon.infer.pooling import Pools
 from tenon.infer.requests import Completion, OnFailure, OnFinish, OnToken, Request, Token
 from tenon.infer.rows import EngineStats, Row, Taken
 from tenon.models.blocks import BlockKey, block_keys
@@ -38,24 +40,24 @@ class Engine:
         *,
         cache: KvCache,
         pass_tokens: int,
-        on_start: Callable[[int], None] | None = None,
         on_token: OnToken | None = None,
         on_finish: OnFinish | None = None,
         on_failure: OnFailure | None = None,
         keep_prefixes: bool = False,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
-        """pass_tokens: most tokens of one pass; what decodes always goes. on_start: told of each request that has got a
-        place, and again when it had given it back. on_failure: told of scores that are not
+        """pass_tokens: most tokens of one pass; what decodes always goes. on_failure: told of scores that are not
         finite; without it `step` raises. keep_prefixes: remember full blocks for prompts that begin alike (see
-        `Request.adapter_key`).
+        `Request.adapter_key`). graphs: what replays passes of one token a row, over the same three.
         """
         self._decoder, self._bank, self._cache = decoder, bank, cache
         self._pass_tokens, self._on_token, self._on_finish = pass_tokens, on_token, on_finish
-        self._on_start, self._on_failure = on_start, on_failure
-        self._keep_prefixes = keep_prefixes
+        self._on_failure = on_failure
+        self._keep_prefixes, self._graphs = keep_prefixes, graphs
         self._waiting: deque[Row] = deque()
         self._rows: list[Row] = []  # in the order of arrival
         self._prefix_hit_tokens, self._preemptions = 0, 0
+        self._pools = Pools()
         self._prefixes: dict[int, tuple[list[int], tuple[Tensor, Tensor]]] = {}
         self.completions: dict[int, Completion] = {}
 
@@ -90,24 +92,19 @@ class Engine:
     def submit(self, index: int, request: Request) -> None:
         """Let a request wait for a place; `completions[index]` is its answer when it has finished."""
         limit = self._limit(request)
-        if len(request.prompt_ids) + len(request.answered) >= limit:
-            ids, logprobs = zip(*request.answered, strict=True) if request.answered else ((), ())
-            self._finish(
-                index, Completion(ids, logprobs, "length" if len(ids) >= request.max_new_tokens else "context")
-            )
+        if len(request.prompt_ids) >= limit:
+            self._finish(index, Completion((), (), "context"))
             return
-        # The last token is never fed: nothing follows it.
+        # The last token of an answer is never fed: nothing follows it.
         sequence = [*request.prompt_ids, *request.draft_ids][: limit - 1]
-        row = Row(index, request, sequence, limit)
-        if request.answered:
-            row.resume()
-        self._waiting.append(row)
+        self._waiting.append(Row(index, request, sequence, limit))
 
     @torch.inference_mode()
     def cancel(self, index: int) -> None:
         """End a request, with what it has; its place is free at once. Nothing happens when it has ended already."""
         for row in [row for row in self._waiting if row.index == index]:
             self._waiting.remove(row)
+            self._pools.drop(index)
             self._finish(index, row.completion("cancelled"))
         for row in self._rows:
             if row.index == index:
@@ -139,13 +136,13 @@ class Engine:
     def _limit(self, request: Request) -> int:
         """The longest sequence that this request may become."""
         room = min(self._decoder.facts.context_tokens, self._cache.capacity_tokens)
+        if request.pooling is not None:  # all of the prompt is fed, as if one token were to follow
+            return min(room, len(request.prompt_ids)) + 1
         return min(room, len(request.prompt_ids) + max(request.max_new_tokens, len(request.draft_ids)))
 
     def _admit(self) -> None:
         while self._waiting and len(self._rows) < len(self._cache.lengths) and self._let_in(self._waiting[0]):
             self._rows.append(self._waiting.popleft())
-            if self._on_start is not None:
-                self._on_start(self._rows[-1].index)
 
     def _let_in(self, row: Row) -> bool:
         """Give a row a place and blocks for all that it feeds; False when there are too few."""
@@ -177,6 +174,7 @@ class Engine:
     def _release(self) -> None:
         for row in [row for row in self._rows if row.finish is not None and not row.feed]:
             assert row.finish is not None
+            self._pools.drop(row.index)
             if row.error is None:
                 self._remember(row)
                 self._finish(row.index, row.completion(row.finish))
@@ -219,6 +217,8 @@ class Engine:
 
     def _forward(self, passing: list[Taken]) -> Tensor:
         """Run the tokens through the decoder and into the cache; hidden states (T, D) in the order given."""
+        if self._graphs is not None and self._graphs.fits(passing):
+            return self._graphs.run(passing)
         counts = tuple(len(taken.ids) for taken in passing)
         attention = self._cache.extend(tuple(taken.place for taken in passing), counts)
         batch = _inference_batch(passing, attention.positions_T, self._decoder.tile_tokens)
@@ -231,6 +231,10 @@ class Engine:
         spans, wanted, draws, labels, start = [], [], [], [], 0
         for row, taken in moving:
             request, first = row.request, row.first_scored(taken.position)
+            if request.pooling is not None:
+                stop = start + len(taken.ids)
+                self._pools.add(row.index, request.pooling, hidden_TD[min(start + first, stop) : stop])
+                first = len(taken.ids)
             for offset in range(first, len(taken.ids)):
                 position = taken.position + offset + 1
                 wanted.append(start + offset)
@@ -238,14 +242,20 @@ class Engine:
                 labels.append(_known_token(request, position))
             spans.append(max(len(taken.ids) - first, 0))
             start += len(taken.ids)
-        (wanted_S,) = upload([np.array(wanted, dtype=np.int64)], hidden_TD.device)
-        scored = score_positions(self._decoder, hidden_TD[wanted_S], draws, labels)
+        hidden_SD = hidden_TD
+        if wanted != list(range(len(hidden_TD))):
+            (wanted_S,) = upload([np.array(wanted, dtype=np.int64)], hidden_TD.device)
+            hidden_SD = hidden_TD[wanted_S]
+        scored = score_positions(self._decoder, hidden_SD, draws, labels)
         if self._on_failure is None and False in scored.finite:
             raise not_finite(draws[scored.finite.index(False)].request.slot)
         at = 0
         for (row, taken), count in zip(moving, spans, strict=True):
             row.feed, row.fed = row.feed[len(taken.ids) :], row.fed + len(taken.ids)
-            self._take_tokens(row, scored, range(at, at + count))
+            if row.request.pooling is None:
+                self._take_tokens(row, scored, range(at, at + count))
+            elif not row.feed:
+                self._take_vector(row)
             at += count
 
     def _take_tokens(self, row: Row, scored: Scored, positions: range) -> None:
@@ -272,6 +282,16 @@ class Engine:
             if row.drafting:
                 self._remember(row)
             row.drafting = False
+
+    def _take_vector(self, row: Row) -> None:
+        """Let a row have its vector: all of its prompt has been read."""
+        vector = self._pools.take(row.index)
+        if vector is not None:
+            row.embedding, row.finish = vector, "stop"
+            return
+        row.error, row.finish = not_finite(row.request.slot), "cancelled"
+        if self._on_failure is None:
+            raise row.error
 
     def _push(self, row: Row, token: Token) -> None:
         """Add one token to the answer, or end it."""

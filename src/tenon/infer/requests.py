@@ -14,6 +14,7 @@ from tenon.batch import NO_SLOT
 from tenon.errors import TenonError, UsageError
 
 FinishReason = Literal["stop", "length", "context", "cancelled"]
+Pooling = Literal["last", "mean"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,7 @@ class Request:
     in one pass together with the prompt, and its log probabilities are reported.
     top_logprobs: report so many of the likeliest tokens at each position. prompt_logprobs: report the prompt's tokens
     too.
-    answered: (id, log probability) of tokens that the answer has already, from another engine: it goes on after them,
-    as it would have there, and counts them as its own. Not together with a draft or prompt_logprobs.
+    pooling: make no answer, but one vector of the prompt: its last token's hidden state, or the mean of all.
     """
 
     prompt_ids: Sequence[int]
@@ -56,7 +56,12 @@ class Request:
     prompt_logprobs: bool = False
     adapter_key: Hashable | None = None
     salt: Hashable = ""
-    answered: Sequence[tuple[int, float]] = ()
+    pooling: Pooling | None = None
+
+    @property
+    def answer_tokens(self) -> int:
+        """The most tokens that it may make."""
+        return 0 if self.pooling is not None else self.max_new_tokens
 
     def __post_init__(self) -> None:
         """Raises UsageError usage-empty-prompt, usage-sampling."""
@@ -109,10 +114,12 @@ class Completion:
     """The answer to one request.
 
     ids: without the stop token. logprobs: of each id, in nats, under the model itself (temperature 1, no limits).
-    finish: stop (a stop token came), length (max_new_tokens reached), context (no room left in the base's context, or
-    in the prompt's case none from the start), cancelled (the caller asked).
+    finish: stop (a stop token came, or a prompt that is to be a vector has been read), length (max_new_tokens reached),
+    context (no room left in the base's context, or in the prompt's case none from the start), cancelled (the caller
+    asked).
     draft_logprobs: of each draft token given the ones before it; shorter than the draft where the context ended.
     prompt: the prompt's tokens from the second on, where the request asked for them (the first follows nothing).
+    embedding: the prompt as a vector of length 1, where the request asked for that.
     """
 
     ids: tuple[int, ...]
@@ -120,6 +127,7 @@ class Completion:
     finish: FinishReason
     draft_logprobs: tuple[float, ...] = ()
     prompt: tuple[Token, ...] = ()
+    embedding: tuple[float, ...] = ()
 
 
 class OnToken(Protocol):

@@ -23,6 +23,7 @@ class Row:
     open: whether the next scored token may join the answer. It closes where the draft parts from the answer: what
     follows there is scored for the draft alone, and the cache is then cut back to the answer.
     error: why it cannot go on. seen: what the request's penalties count; it stays when the row gives its memory back.
+    embedding: the prompt as a vector, when all of it has been read.
     """
 
     index: int
@@ -41,6 +42,7 @@ class Row:
     prompt: list[Token] = field(default_factory=list)
     error: TenonError | None = None
     seen: Seen | None = None
+    embedding: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         """Begin to count what the request's penalties count."""
@@ -85,13 +87,17 @@ class Row:
     @property
     def skippable_tokens(self) -> int:
         """So many first tokens need not be fed when the cache holds them: nothing is to be scored there."""
-        unscored = 0 if self.request.prompt_logprobs else len(self.request.prompt_ids) - 1
-        return min(max(self.known, unscored), self.answer_tokens)
+        return min(max(self.known, self._unscored), self.answer_tokens)
 
     def first_scored(self, position: int) -> int:
         """Of tokens that are fed from `position` on, the first whose successor is to be scored."""
-        unscored = 0 if self.request.prompt_logprobs else len(self.request.prompt_ids) - 1
-        return max(unscored - position, self.known - position, 0)
+        return max(self._unscored - position, self.known - position, 0)
+
+    @property
+    def _unscored(self) -> int:
+        """So many first tokens of the prompt have nothing after them that is to be told."""
+        reads_all = self.request.prompt_logprobs or self.request.pooling == "mean"
+        return 0 if reads_all else len(self.request.prompt_ids) - 1
 
     def rewind(self) -> None:
         """Have all that was fed fed again, in another place."""
@@ -100,16 +106,16 @@ class Row:
         self.known = max(self.known, self.fed)
         self.fed, self.place = 0, -1
 
-    def resume(self) -> None:
-        """Begin after what the request says is answered: it is fed, and what follows its tokens is known."""
-        for token_id, logprob in self.request.answered:
-            self.take(Token(token_id, logprob))
-        self.feed = [*self.request.prompt_ids, *self.ids]
-        self.known, self.drafting = len(self.feed) - 1, False
-
     def completion(self, finish: FinishReason) -> Completion:
         """What is answered so far, as the answer."""
-        return Completion(tuple(self.ids), tuple(self.logprobs), finish, tuple(self.draft_logprobs), tuple(self.prompt))
+        return Completion(
+            ids=tuple(self.ids),
+            logprobs=tuple(self.logprobs),
+            finish=finish,
+            draft_logprobs=tuple(self.draft_logprobs),
+            prompt=tuple(self.prompt),
+            embedding=self.embedding,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,10 +31,12 @@ import torch
 from torch import Tensor
 
 from tenon.kernels import blocks_triton as blocks
+from tenon.kernels import low_rank_few_triton
 from tenon.kernels import low_rank_gradient_triton as gradient
 from tenon.kernels import low_rank_triton as fused
 from tenon.kernels.dropout import dropout, keep_mask
 from tenon.kernels.low_rank_classes import RankClass, classes
+from tenon.kernels.low_rank_few_triton import FewTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,8 @@ class Routes:
     tiles_N3: int64 (slot or -1, start, stop) of runs of at most TILE tokens. chunks_C3: the same of longer runs, over
     which gradients are summed. segments_M3: (slot, first chunk, chunk after its last) of each slot. whole: every slot
     has one chunk. draw_T: dropout keys of all tokens, or None. listed: tiles and chunks on the host, None where slots
-    of different rank are not worth launches of their own. cuts: the classes that were made of them.
+    of different rank are not worth launches of their own. cuts: the classes that were made of them. few: the same of a
+    pass of few tokens, which kernels take one by one; None else.
     """
 
     tiles_N3: Tensor
@@ -94,6 +97,7 @@ class Routes:
     draw_T: Tensor | None
     listed: tuple[np.ndarray, np.ndarray] | None = None
     cuts: dict[Hashable, tuple[RankClass, ...]] = field(default_factory=dict)
+    few: FewTokens | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,8 @@ class LowRank:
     """All slots' additions at one stacked weight, for one batch.
 
     bounds: where each module's outputs begin, and the end. width: W. rank: the widest rank of one module. table_SF:
-    int64 facts of every slot (see `site_table`); routes and table_SF are None where kernels are not fused. rides: the
+    int64 facts of every slot (see `site_table`); routes and table_SF are None where kernels are not fused. parts may be
+    missing where they are not None, and the pass is not recorded: the kernels need no more than the table. rides: the
     one slot's matrices lie in the border of the frozen weight, and its low-rank activations in the tails of the rows,
     so that both sums are made by the frozen product itself (see `room`).
     """
@@ -123,7 +128,12 @@ class LowRank:
     def plain(self) -> bool:
         """Whether the products are torch's own: kernels are not fused, or parts are so long that its own are faster."""
         long = all(part.stop - part.start >= _LONG_TOKENS and part.draw_T is None for part in self.parts)
-        return long or not self.fused
+        return (long and bool(self.parts)) or not self.fused
+
+    @property
+    def few(self) -> FewTokens | None:
+        """The routes of a pass whose tokens kernels take one by one."""
+        return None if self.routes is None else self.routes.few
 
 
 # Tokens from which torch's product of one part is faster than the share of a kernel that takes all parts at once.
@@ -266,6 +276,9 @@ def project(x_TD: Tensor, low: LowRank | None) -> Tensor | None:
     if low is None:
         return None
     low_TW = _low_room(x_TD, low)
+    if low.few is not None:
+        low_rank_few_triton.project(x_TD, low_TW, low.width, low.few, low.table_SF)
+        return low_TW
     if not low.plain:
         for one in classes(low, stacked=True):
             fused.project(x_TD, low_TW, one.width, one.routes, one.table_SF)

@@ -34,11 +34,11 @@ class RankClass:
 
 
 def classes(low: LowRank, *, stacked: bool) -> tuple[LowRank, ...]:
-    """The additions class by class, narrow ones first; all at once where there are no routes or few tokens.
+    """The additions class by class, narrow ones first; all at once where there are no routes, no parts or few tokens.
 
     stacked: by the ranks of a slot's modules together, as A has them; else by that of its widest module.
     """
-    if low.routes is None:
+    if low.routes is None or not low.parts:
         return (low,)
     sizes = {slot: class_size(rank) for slot, rank in slot_ranks(low, stacked=stacked).items()}
     found = (of_class(low, one) for one in rank_classes(low.routes, sizes))

@@ -1,4 +1,4 @@
-"""The Triton kernels of `rms_norm` where no low-rank term is to be added: a program has one token.
+"""The Triton kernels of `rms_norm` where a program has one token: no low-rank term is to be added, or to few tokens.
 
 Its features stay in registers, so every number is read once, and the result can be rounded to fp8 before it leaves.
 Shape legend as in `rms_norm`.
@@ -15,6 +15,7 @@ from tenon.kernels.fp8 import FP8_MAX, SMALLEST_AMAX
 from tenon.kernels.fp8_triton import store_row
 from tenon.kernels.gpu import jit, power_of_two, tl
 from tenon.kernels.low_rank import Sum
+from tenon.kernels.low_rank_few_triton import row_term
 
 if TYPE_CHECKING:
     from tenon.kernels.rms_norm import Quantised
@@ -32,6 +33,10 @@ def _row_kernel(
     weight_ptr,
     values_ptr,
     scale_ptr,
+    low_ptr,
+    low_stride,
+    slot_ptr,
+    table_ptr,
     eps,
     fp8_max,
     smallest_amax,
@@ -39,6 +44,7 @@ def _row_kernel(
     COLUMNS: tl.constexpr,
     UPDATE: tl.constexpr,
     QUANTISE: tl.constexpr,
+    TERM: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, COLUMNS)
@@ -46,7 +52,10 @@ def _row_kernel(
     x = tl.load(x_ptr + row * WIDTH + d, mask=inside, other=0.0)
     if UPDATE:
         y = tl.load(y_ptr + row * WIDTH + d, mask=inside, other=0.0)
-        x = (x.to(tl.float32) + y.to(tl.float32)).to(x.dtype)
+        total = x.to(tl.float32) + y.to(tl.float32)
+        if TERM:
+            total += row_term(low_ptr, low_stride, row, tl.load(slot_ptr + row), table_ptr, 0, d, inside, 8)
+        x = total.to(x.dtype)
         tl.store(y_ptr + row * WIDTH + d, x, mask=inside)
     wide = x.to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / WIDTH + eps)
@@ -114,6 +123,9 @@ def add_norm_of_rows(
     """See `rms_norm.add_norm`; n is written into n_TD."""
     tokens, width = x_TD.shape
     y_TD, columns = x_TD if update is None else update.y_TO, power_of_two(width, least=128)
+    addend = None if update is None else update.addend
+    few = None if addend is None else addend.low.few
+    low_TW = n_TD if addend is None else addend.low_TW
     if not tokens:
         return y_TD, n_TD
     _row_kernel[(tokens,)](
@@ -124,6 +136,10 @@ def add_norm_of_rows(
         weight_D,
         n_TD if quantised is None else quantised.rows.values_TD,
         n_TD if quantised is None else quantised.rows.scale_T,
+        low_TW,
+        low_TW.stride(0),
+        n_TD if few is None else few.slot_T,
+        n_TD if addend is None else addend.low.table_SF,
         eps,
         FP8_MAX,
         SMALLEST_AMAX,
@@ -131,9 +147,12 @@ def add_norm_of_rows(
         COLUMNS=columns,
         UPDATE=update is not None,
         QUANTISE=quantised is not None,
-        num_warps=_warps(columns),
+        TERM=few is not None,
+        num_warps=_warps(columns) if addend is None else 16,
         enable_fp_fusion=False,
     )
+    if update is not None:
+        update.addend = None
     return y_TD, n_TD
 
 

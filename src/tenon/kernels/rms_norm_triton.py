@@ -2,7 +2,7 @@
 
 A low-rank term's product wants sixteen tokens: a program takes these through two passes over their features, the first
 of which makes the sums that the norm needs, the second the results; what the second reads again lies in the cache.
-Without a term, `rms_norm_rows_triton` reads everything once. Shape legend as in `rms_norm`.
+Without a term, or with few tokens, `rms_norm_rows_triton` reads everything once. Shape legend as in `rms_norm`.
 """
 
 # tl.range is a range to Triton alone.
@@ -156,7 +156,7 @@ def _grid(routes: Routes | None, tokens: int) -> tuple[int]:
 
 def _by_rows(width: int, low: LowRank | None) -> bool:
     """Whether a program takes one token. low: whose term is added by the norm itself, unless it is settled before."""
-    return width <= LONGEST and (low is None or low.plain or low.rides)
+    return width <= LONGEST and (low is None or low.plain or low.rides or low.few is not None)
 
 
 def add_norm(

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tenon.kernels import rotary_few_triton as few
 from tenon.kernels.blocks_triton import TILE, block_rows, member_block, padded_rank, site_at
 from tenon.kernels.gpu import ceil_div, jit, power_of_two, tl
-from tenon.kernels.low_rank import Sum
+from tenon.kernels.low_rank import Addend, Sum
 from tenon.kernels.low_rank_classes import classes
 
 if TYPE_CHECKING:
@@ -161,11 +162,24 @@ def make_heads(qkv: Sum, rotation: Rotation | None, shape: HeadShape) -> tuple[T
     qkv_TO, addend = qkv.y_TO, qkv.addend
     normed = shape.q_norm_E is not None
     out_TO = torch.empty_like(qkv_TO) if normed else qkv_TO
+    if addend is not None and addend.low.few is not None:
+        _make_few_heads(qkv_TO, out_TO, rotation, shape, addend)
+        qkv.addend = None
+        return out_TO, qkv_TO if normed else None
     for low in (None,) if addend is None else classes(addend.low, stacked=False):
         mine = None if addend is None or low is None else replace(addend, low=low)
         _make_heads(Sum(qkv_TO, mine), out_TO, rotation, shape)
     qkv.addend = None
     return out_TO, qkv_TO if normed else None
+
+
+def _make_few_heads(
+    qkv_TO: Tensor, out_TO: Tensor, rotation: Rotation | None, shape: HeadShape, addend: Addend
+) -> None:
+    turn = None if rotation is None else (rotation.cos_TE, rotation.sin_TE)
+    gains = None if shape.q_norm_E is None or shape.k_norm_E is None else (shape.q_norm_E, shape.k_norm_E)
+    heads = (shape.heads, shape.kv_heads, shape.size)
+    few.make_heads(qkv_TO, out_TO, turn, gains, addend, heads=heads, eps=shape.eps)
 
 
 def _make_heads(qkv: Sum, out_TO: Tensor, rotation: Rotation | None, shape: HeadShape) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tenon.kernels import swiglu_few_triton as few
 from tenon.kernels.blocks_triton import bits_to_float, keep, matrix_at, member_at, ranks_at, site_at
 from tenon.kernels.gpu import ceil_div, jit, power_of_two, tl
 from tenon.kernels.low_rank import Addend, Sum, add_gradient_a, add_gradient_b
@@ -246,6 +247,9 @@ def swiglu(gate_up: Sum, h_TF: Tensor) -> None:
     addend = gate_up.addend
     if addend is None:
         _forward(gate_up.y_TO, h_TF, None, None)
+        return
+    if addend.low.few is not None:
+        few.swiglu(gate_up.y_TO, addend, h_TF)
         return
     for low in classes(addend.low, stacked=False):
         mine = replace(addend, low=low)

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from tenon.bases.facts import ModelFacts
+from tenon.kernels.gpu import can_fuse
 from tenon.models.attention import fused_attention
 from tenon.models.blocks import BlockKey, BlockPool
 from tenon.models.cache_reads import Gathered, PlaceGroup, Strided, alike_groups, restore_order, strided_runs
+from tenon.models.paged import PagedPass
 
 # Tokens of a block: measured in docs/decisions/paged-cache.md.
 BLOCK_TOKENS = 16
@@ -56,6 +58,8 @@ class KvCache:
         self.home_blocks = max(1, blocks // places)
         self._tokens = tokens
         self._tables: list[list[int]] = [[] for _ in range(places)]
+        # The same for kernels; what lies behind a table's end is of no meaning.
+        self.pages_PM = np.zeros((places, -(-tokens // block_tokens) + 1), dtype=np.int32)
         self._in_one_piece = [True] * places
 
     @property
@@ -135,7 +139,7 @@ class KvCache:
         self.keys.flatten(1, 2)[:, line], self.values.flatten(1, 2)[:, line] = prefix
         self.lengths[place] = length
 
-    def extend(self, places: tuple[int, ...], new_tokens: tuple[int, ...]) -> CachedAttention:
+    def extend(self, places: tuple[int, ...], new_tokens: tuple[int, ...]) -> CachedAttention | PagedPass:
         """Attention of one pass that appends new_tokens[i] tokens to places[i]; call `commit` on it afterwards.
 
         The pool must have the blocks: see `grow`.
@@ -143,7 +147,14 @@ class KvCache:
         for place, new in zip(places, new_tokens, strict=True):
             grown = self.grow(place, self.lengths[place] + new)
             assert grown
+        if can_fuse(self.keys.device, self.keys.dtype):
+            return PagedPass(self, places, new_tokens)
         return CachedAttention(self, places, new_tokens)
+
+    def commit(self, places: Sequence[int], new_tokens: Sequence[int]) -> None:
+        """Count a pass's tokens as seen."""
+        for place, new in zip(places, new_tokens, strict=True):
+            self.lengths[place] += new
 
     # ---- where things lie ---------------------------------------------------------------------------------------
 
@@ -185,6 +196,7 @@ class KvCache:
     def _append(self, place: int, block: int) -> None:
         table = self._tables[place]
         self._in_one_piece[place] &= not table or block == table[-1] + 1
+        self.pages_PM[place, len(table)] = block
         table.append(block)
 
     def _take(self, place: int) -> int:
@@ -295,8 +307,7 @@ class CachedAttention:
 
     def commit(self) -> None:
         """Count the pass's tokens as seen; call once, after the forward pass."""
-        for place, new in zip(self._places, self._new, strict=True):
-            self._cache.lengths[place] += new
+        self._cache.commit(self._places, self._new)
 
 
 def token_bytes(facts: ModelFacts, dtype: torch.dtype) -> int:

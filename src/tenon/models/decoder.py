@@ -24,7 +24,7 @@ from tenon.batch import Batch
 from tenon.kernels.blocks_triton import TILE
 from tenon.kernels.copy_many import CopyTable, ScaledCopy, copy_many, copy_table
 from tenon.kernels.gpu import can_fuse
-from tenon.kernels.low_rank import CUT_TOKENS, RANK_STEP, LoraGroup, LowRank, Routes, Sum
+from tenon.kernels.low_rank import CUT_TOKENS, RANK_STEP, FewTokens, LoraGroup, LowRank, Routes, Sum
 from tenon.kernels.nf4 import Nf4Weight
 from tenon.kernels.rms_norm import add_norm, add_norm_backward
 from tenon.kernels.rotary import HeadShape, Rotation
@@ -33,6 +33,7 @@ from tenon.models import layer as layers
 from tenon.models.attention import Attention, PackedAttention
 from tenon.models.frozen import DenseLinear, FrozenKind, FrozenLinear
 from tenon.models.frozen_formats import make_frozen
+from tenon.models.frozen_packed import PackedLinear, can_pack, packed
 from tenon.models.frozen_plain import plain_linear
 from tenon.models.host import HostStore
 from tenon.models.layer import Keep, Layer, LayerTape, Pass, Stream
@@ -113,6 +114,7 @@ class Decoder:
         self._border_table: CopyTable | None = None
         self.embedding_VD = self._empty(facts.vocab, facts.hidden)
         self.head_VD = self.embedding_VD if facts.tied_head else self._empty(facts.vocab, facts.hidden)
+        self._packed_head: PackedLinear | None = None
         self.final_norm_D = self._empty(facts.hidden)
         self.layers = [self._empty_layer() for _ in range(0 if sharing else facts.layers)]
         self.walk: LayerWalk = (
@@ -183,6 +185,15 @@ class Decoder:
         for layer in self.walk.up() if base else ():
             layer.stacks = {stack: plain_linear(linear) for stack, linear in layer.stacks.items()}
 
+    def pack(self) -> None:
+        """Lay the weights out as products on a CPU read them, where that can be: for inference alone, and a head that
+        is the embedding too is there twice. See `models.frozen_packed`.
+        """
+        for layer in self.layers:
+            layer.stacks = {stack: packed(linear) for stack, linear in layer.stacks.items()}
+        if can_pack(self.head_VD):
+            self._packed_head = PackedLinear(self.head_VD)
+
     # ---- weights in and out -------------------------------------------------------------------------------------
 
     def places(self) -> dict[str, Place]:
@@ -247,7 +258,8 @@ class Decoder:
 
     def logits(self, hidden_LD: Tensor) -> Tensor:
         """(L, V) scores of the next token, for the hidden states that need them."""
-        return functional.linear(hidden_LD, self.head_VD)
+        head = self._packed_head
+        return functional.linear(hidden_LD, self.head_VD) if head is None else head.apply(hidden_LD)
 
     def _passes(self, batch: Batch, bank: Bank | None, attention: Attention) -> list[Pass]:
         """What each layer is told of the batch."""
@@ -257,7 +269,15 @@ class Decoder:
             if listed is None:
                 raise ValueError("fused kernels need a batch that lists its tiles: PackOptions(tile_tokens=…)")
             host = listed.listed if batch.tokens >= CUT_TOKENS else None
-            routes = Routes(listed.tiles_N3, listed.chunks_C3, listed.segments_M3, listed.whole, batch.draw_T, host)
+            routes = Routes(
+                listed.tiles_N3,
+                listed.chunks_C3,
+                listed.segments_M3,
+                listed.whole,
+                batch.draw_T,
+                host,
+                few=None if listed.few is None else FewTokens(*listed.few),
+            )
 
         rider = self._take_rider(batch, bank)
 
@@ -317,11 +337,15 @@ class Decoder:
                     copies.append(ScaledCopy(m.b_OR, target, m.scale))
         return copies
 
+    def keep_positions(self, count: int) -> None:
+        """Have the tables of so many positions at hand, where they stay as long as no row is longer."""
+        if count > self._tables[0].shape[0]:
+            length = max(count, 2 * self._tables[0].shape[0], 256)
+            self._tables = rotary_tables(self.facts.rope, self.facts.head_dim, length, self.device)
+
     def _rotation(self, batch: Batch) -> Rotation:
         """cos and sin (T, E) in the decoder's dtype, from fp32 tables that grow as rows get longer."""
-        if batch.positions_end > self._tables[0].shape[0]:
-            length = max(batch.positions_end, 2 * self._tables[0].shape[0], 256)
-            self._tables = rotary_tables(self.facts.rope, self.facts.head_dim, length, self.device)
+        self.keep_positions(batch.positions_end)
         cos_LE, sin_LE = self._tables
         return Rotation(cos_LE[batch.positions_T].to(self.dtype), sin_LE[batch.positions_T].to(self.dtype))
 

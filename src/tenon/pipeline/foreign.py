@@ -54,8 +54,7 @@ def foreign_engines(
         known = ", ".join(TESTED)
         text = f"vLLM {engine.version} is not one that Tenon was tested with ({known}): see docs/vllm.md"
         emit("warning", code="plan-engine-untested", text=text)
-    limits = _limits(request)
-    quantised = _quantised(request)
+    limits, quantised = _limits(request), _quantised(request)
     emit("phase", name="base", detail=request.engine.base.spec)
     folder = find_base(request.engine.base, settings)
     renderer = Renderer(load_tokenizer(folder), read_template(request.engine.template))

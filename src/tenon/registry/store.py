@@ -14,20 +14,20 @@ A version appears by one rename, whole; an alias is moved by one. This module do
 from __future__ import annotations
 
 import difflib
-import fcntl
-import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from tenon.errors import AdapterError
-from tenon.registry.aliases import Alias, Target, is_alias, new_target, read_aliases, write_aliases
+from tenon.registry.alias_book import AliasBook
+from tenon.registry.aliases import Alias, Guard, Target, is_alias, new_target, read_aliases
 from tenon.registry.entry import Entry, EntryDraft
+from tenon.registry.guards import require_as_good
+from tenon.registry.lock import locked
 from tenon.registry.peft_check import CONFIG_NAME, TENSORS_NAME, AdapterFacts, check_adapter
 from tenon.registry.probes import PROBES_NAME, Probes
 from tenon.runs.atomic import clean_leftovers, remove_folder, write_file_atomic, write_folder_atomic
@@ -63,7 +63,7 @@ class Registry:
         folder.mkdir(parents=True, exist_ok=True)
         size_bytes = sum((files_folder / file).stat().st_size for file in PEFT_FILES)
         require_space(folder, size_bytes, f"registering {name}")
-        with _locked(folder):
+        with locked(folder):
             clean_leftovers(folder)
             version = self._next_version(folder)
             made: list[Entry] = []
@@ -144,40 +144,57 @@ class Registry:
         found = self.aliases(name).get(after) if is_alias(after) else None
         return found.target if found is not None else Target(shares={self._resolve(spec)[1]: 1.0})
 
-    def set_alias(self, spec: str, shares: Mapping[int, float], shadow: int | None = None) -> Alias:
-        """Let `NAME@ALIAS` stand for versions that exist, from this instant on.
+    def set_alias(
+        self,
+        spec: str,
+        shares: Mapping[int, float],
+        shadow: int | None = None,
+        *,
+        sticky: bool = False,
+        force: bool = False,
+    ) -> Alias:
+        """Let `NAME@ALIAS` stand for versions that exist, from this instant on. sticky: see `Target`.
 
-        Raises AdapterError adapter-bad-alias, adapter-unknown.
+        force: also for versions that its guard's metric would keep out.
+        Raises AdapterError adapter-bad-alias, adapter-unknown, adapter-guard.
         """
-        name, alias = self._alias_of(spec)
-        target = new_target(shares, shadow)
-        with _locked(self._adapter_folder(name)):
-            return self._move(name, alias, target)
+        book, alias = self._book(spec)
+
+        def allow(known: Alias, target: Target) -> None:
+            if known.guard is not None and not force:
+                old = self.get(f"{book.name}@{known.target.main}")
+                for version in sorted(target.shares.keys() - known.target.shares.keys()):
+                    require_as_good(spec, known.guard, self.get(f"{book.name}@{version}"), old)
+
+        return book.move(alias, new_target(shares, shadow, sticky=sticky), allow=allow)
+
+    def guard_alias(self, spec: str, guard: Guard | None) -> Alias:
+        """Set or take away the guard of `NAME@ALIAS`. Raises AdapterError adapter-alias-unknown."""
+        book, alias = self._book(spec)
+        return book.guard(alias, guard)
 
     def roll_back(self, spec: str) -> Alias:
         """Let `NAME@ALIAS` stand for what it stood for before.
 
         Raises AdapterError adapter-alias-unknown, adapter-no-way-back; adapter-unknown for a version removed since.
         """
-        name, alias = self._alias_of(spec)
-        with _locked(self._adapter_folder(name)):
-            known = self._known_alias(name, alias)
-            if not known.before:
-                raise AdapterError(
-                    "adapter-no-way-back",
-                    f"{name}@{alias} never stood for anything else",
-                    got=known.target.describe(),
-                    hint=f"move it: tenon adapters alias {name}@{alias} VERSION",
-                )
-            return self._move(name, alias, new_target(known.before[0].shares, known.before[0].shadow))
+        book, alias = self._book(spec)
+        moved = book.roll_back(alias, "asked for")
+        assert moved is not None
+        return moved
+
+    def roll_back_from(self, spec: str, expected: Target, reason: str) -> Alias | None:
+        """Roll `NAME@ALIAS` back if it still stands for what is expected; else None: somebody was faster.
+
+        Raises as `roll_back`.
+        """
+        book, alias = self._book(spec)
+        return book.roll_back(alias, reason, expected=expected)
 
     def remove_alias(self, spec: str) -> None:
         """Forget `NAME@ALIAS`. Raises AdapterError adapter-alias-unknown."""
-        name, alias = self._alias_of(spec)
-        folder = self._adapter_folder(name)
-        with _locked(folder):
-            self._known_alias(name, alias)
-            write_aliases(folder, {other: kept for other, kept in read_aliases(folder).items() if other != alias})
+        book, alias = self._book(spec)
+        book.forget(alias)
 
     def verify(self, spec: str) -> Entry:
         """Hash every file again and check the adapter as if it came today.
@@ -256,7 +273,7 @@ class Registry:
         """
         name, version = self._resolve(spec)
         folder = self._adapter_folder(name)
-        with _locked(folder):
+        with locked(folder):
             self._require_no_alias(name, version)
             last = max(version, _last(folder))
             write_file_atomic(folder / "last", str(last).encode())
@@ -284,17 +301,8 @@ class Registry:
             )
         return name, int(version) if version else versions[-1]
 
-    def _move(self, name: str, alias: str, target: Target) -> Alias:
-        """Let an alias stand for versions that exist; whoever asks holds the lock."""
-        for version in sorted(target.versions):
-            self._resolve(f"{name}@{version}")
-        aliases = self.aliases(name)
-        aliases[alias] = aliases[alias].moved(target) if alias in aliases else Alias(target=target)
-        write_aliases(self._adapter_folder(name), aliases)
-        return aliases[alias]
-
-    def _alias_of(self, spec: str) -> tuple[str, str]:
-        """The name, one that exists, and the alias of `NAME@ALIAS`."""
+    def _book(self, spec: str) -> tuple[AliasBook, str]:
+        """The aliases of a name that exists, and the alias of `NAME@ALIAS`."""
         name, _, alias = spec.partition("@")
         if not is_alias(alias):
             raise AdapterError(
@@ -304,18 +312,11 @@ class Registry:
                 hint="for example support-bot@prod",
             )
         self._resolve(name)
-        return name, alias
 
-    def _known_alias(self, name: str, alias: str) -> Alias:
-        aliases = self.aliases(name)
-        if alias not in aliases:
-            raise AdapterError(
-                "adapter-alias-unknown",
-                f"{name} has no alias {alias!r}",
-                got=f"its aliases: {', '.join(sorted(aliases)) or 'none'}",
-                hint=f"set it: tenon adapters alias {name}@{alias} VERSION",
-            )
-        return aliases[alias]
+        def require(version: int) -> None:
+            self._resolve(f"{name}@{version}")
+
+        return AliasBook(name, self._adapter_folder(name), require), alias
 
     def _require_no_alias(self, name: str, version: int) -> None:
         users = sorted(alias for alias, kept in self.aliases(name).items() if version in kept.target.versions)
@@ -411,14 +412,3 @@ def _damaged(folder: Path, what: str) -> AdapterError:
         f"{folder}: {what}",
         hint=f"use another version, or remove this one: tenon adapters remove {folder.parent.name}@{folder.name}",
     )
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Wait for, then hold, the lock of one name; it is only ever held for the length of a copy."""
-    handle = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

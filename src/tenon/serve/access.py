@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -69,6 +70,13 @@ class Access:
                 raise ApiError(503, "the server cannot read its keys; tell whoever runs it", code=error.code) from error
             text = "this server asks for a key, and this one is not known; send Authorization: Bearer tn-…"
             raise ApiError(401, text, code="invalid_api_key") from error
+
+    def tenants(self) -> frozenset[str]:
+        """Everybody who has a key that opens something, or nobody while the keys cannot be read."""
+        with suppress(AccessError):
+            now = time.time()
+            return frozenset(key.tenant for key in self._store.keys().values() if key.valid_at(now))
+        return frozenset()
 
     def require_right(self, key: Key | None, name: str) -> None:
         """Raises ApiError 403 where a key may not ask a name."""

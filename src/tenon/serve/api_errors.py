@@ -30,8 +30,6 @@ _STATUS_OF_CODE = {
     "usage-empty-prompt": 400,
     "usage-engine": 400,
     "usage-sampling": 400,
-    "run-request-fatal": 500,
-    "run-engine-differs": 500,
 }
 
 

@@ -13,15 +13,17 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tenon.serve.api_errors import ApiError
 from tenon.serve.chat import chat_routes
 from tenon.serve.completions import completion_routes
 from tenon.serve.desk import Desk
+from tenon.serve.embeddings import embedding_routes
 from tenon.serve.error_replies import tell_errors
-from tenon.serve.middleware import REQUEST_ID, BodyBound, Counted, Named
+from tenon.serve.middleware import REQUEST_ID, BodyBound, Named, Watched
 from tenon.serve.names import Listed
 from tenon.serve.protocol import ErrorBody
+from tenon.serve.records import Observer
 from tenon.serve.replies import Model, ModelList
+from tenon.serve.tokens import token_routes
 
 _ERRORS = {
     400: "The request is at fault.",
@@ -46,6 +48,8 @@ class Face:
     most_body_bytes: int
     body_seconds: float = 60.0
     cors: tuple[str, ...] = ()
+    observers: tuple[Observer, ...] = ()
+    keep_prompts: bool = False
 
 
 def make_app(desk: Desk, face: Face) -> FastAPI:
@@ -60,7 +64,8 @@ def make_app(desk: Desk, face: Face) -> FastAPI:
     )
     tell_errors(app, desk.names.root)
     app.add_middleware(BodyBound, most_bytes=face.most_body_bytes, seconds=face.body_seconds)
-    app.add_middleware(Counted, metrics=desk.gate.metrics)
+    observers = (desk.gate.metrics, *face.observers)
+    app.add_middleware(Watched, observers=observers, keep_prompts=face.keep_prompts)
     if face.cors:
         app.add_middleware(
             CORSMiddleware,
@@ -72,6 +77,8 @@ def make_app(desk: Desk, face: Face) -> FastAPI:
     app.add_middleware(Named)
     app.include_router(chat_routes(desk))
     app.include_router(completion_routes(desk))
+    app.include_router(embedding_routes(desk))
+    app.include_router(token_routes(desk))
     app.include_router(_model_routes(desk))
     app.include_router(_state_routes(desk))
     return app
@@ -125,15 +132,17 @@ def _state_routes(desk: Desk) -> APIRouter:
 
     @router.get("/ready")
     async def ready() -> dict[str, str]:
-        """Requests are taken and can be begun; 503 once the server is being stopped, or while no engine is there."""
+        """Requests are taken; 503 once the server is being stopped."""
         desk.gate.require_open()
-        if not desk.gate.engine.load.able:
-            raise ApiError(503, "no engine is ready; they are being started", code="starting")
         return {"status": "ready"}
 
     @router.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """Counters for Prometheus."""
+        counted = desk.gate.metrics
+        counted.models.keep(await asyncio.to_thread(desk.names.labels))
+        if desk.access is not None:
+            counted.tenants.keep(await asyncio.to_thread(desk.access.tenants))
         return Response(desk.gate.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router

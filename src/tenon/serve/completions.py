@@ -10,22 +10,13 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tenon.data.render import Renderer
-from tenon.data.rows import Completion
 from tenon.serve.desk import Desk, Scores, Whole, ask, begun, collect, new_id, now
 from tenon.serve.gate import Answers
+from tenon.serve.prompts import Prompt, read_prompts
 from tenon.serve.protocol import CompletionRequest
 from tenon.serve.replies import TextChoice, TextCompletion, TextLogprobs, Usage, text_logprobs, usage_of
 from tenon.serve.said import Piece, SaidToken, TokenTexts
 from tenon.serve.streams import EventStream, unless_gone
-
-
-@dataclass(frozen=True, slots=True)
-class _Prompt:
-    """A prompt as ids, and as the text that `echo` gives back."""
-
-    ids: list[int]
-    text: str
 
 
 def completion_routes(desk: Desk) -> APIRouter:
@@ -37,7 +28,7 @@ def completion_routes(desk: Desk) -> APIRouter:
         """What follows a text, from the base or from an adapter; with `stream` as server-sent events."""
         caller = await desk.caller(request.headers.get("authorization"))
         target = await desk.find(body.model, caller)
-        prompts = await asyncio.to_thread(_prompts, desk, target.renderer, body)
+        prompts = await asyncio.to_thread(read_prompts, desk, target.renderer, body.prompt)
         scores = Scores(body.logprobs, prompt=body.echo and body.logprobs is not None)
         ids = [prompt.ids for prompt in prompts]
         answers = await ask(desk, caller, target, ids, body, most_tokens=body.max_tokens, scores=scores)
@@ -51,20 +42,6 @@ def completion_routes(desk: Desk) -> APIRouter:
     return router
 
 
-def _prompts(desk: Desk, renderer: Renderer, body: CompletionRequest) -> list[_Prompt]:
-    """The prompts of a request: texts or ids, one or several."""
-    given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-    single = [token for token in given if isinstance(token, int)]
-    found = []
-    for one in [single] if single else given:
-        if isinstance(one, str):
-            found.append(_Prompt(renderer.prompt_of(Completion(one, "", "prompt")), one))
-        elif isinstance(one, list):
-            desk.require_known(one, "prompt")
-            found.append(_Prompt(one, renderer.tokenizer.decode(one, keep_special=True)))
-    return found
-
-
 @dataclass(frozen=True, slots=True)
 class _Reply:
     """What every part of one reply has."""
@@ -73,7 +50,7 @@ class _Reply:
     created: int
     answers: Answers
     body: CompletionRequest
-    prompts: list[_Prompt]
+    prompts: list[Prompt]
     fingerprint: str
     texts: TokenTexts
 

@@ -19,6 +19,7 @@ from tenon.serve.api_errors import ApiError
 from tenon.serve.gate import Answers, Gate, Wanted
 from tenon.serve.names import BASE, Listed, Names, Target
 from tenon.serve.protocol import ChatRequest, CompletionRequest
+from tenon.serve.records import current
 from tenon.serve.said import Finish, Piece, SaidToken
 from tenon.tenants.keys import Key
 
@@ -31,13 +32,14 @@ Asked = ChatRequest | CompletionRequest
 class Desk:
     """One server as the routes see it. fingerprint: of the base, in every answer. vocabulary: tokens that it knows.
 
-    access: who may ask; None where nobody is asked for a key.
+    hidden: numbers of a hidden state. access: who may ask; None where nobody is asked for a key.
     """
 
     gate: Gate
     names: Names
     fingerprint: str
     vocabulary: int
+    hidden: int
     access: Access | None = None
 
     @property
@@ -52,7 +54,10 @@ class Desk:
 
     async def caller(self, authorization: str | None) -> Key | None:
         """Whose request it is, from its header; None where no key is asked for. Raises ApiError 401."""
-        return None if self.access is None else await asyncio.to_thread(self.access.caller, authorization)
+        found = None if self.access is None else await asyncio.to_thread(self.access.caller, authorization)
+        if found is not None:
+            current().tenant, current().key = found.tenant, found.id
+        return found
 
     async def find(self, name: str, caller: Key | None) -> Target:
         """Who answers. Raises AdapterError; ApiError 403, and 503 once the server is being stopped."""
@@ -65,15 +70,21 @@ class Desk:
         """What a key must have a right to, to ask a name."""
         return BASE if listed.entry is None else listed.name
 
-    async def ticket(self, caller: Key | None, requests: Sequence[Request]) -> Ticket | None:
-        """Let the sequences of one request in, by the most that they may come to; None where nobody is counted.
+    async def admit(self, caller: Key | None, target: Target, requests: Sequence[Request], wanted: Wanted) -> Answers:
+        """Let the sequences of one request in, by the most tokens that they may come to.
 
-        Raises ApiError 429.
+        Raises ApiError 400, 429, 503.
         """
-        if self.access is None or caller is None:
-            return None
-        most = sum(len(request.prompt_ids) + request.max_new_tokens for request in requests)
-        return await asyncio.to_thread(self.access.begin, caller, most)
+        ticket: Ticket | None = None
+        if self.access is not None and caller is not None:
+            most = sum(len(request.prompt_ids) + request.answer_tokens for request in requests)
+            ticket = await asyncio.to_thread(self.access.begin, caller, most)
+        try:
+            return self.gate.admit(target, requests, wanted, ticket)
+        except ApiError:
+            if ticket is not None:
+                ticket.end(0)
+            raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +143,7 @@ async def ask(
         )
         for prompt, sample in itertools.product(prompts, range(count))
     ]
-    ticket = await desk.ticket(caller, requests)
-    try:
-        return desk.gate.admit(target, requests, Wanted(asked.stops, detailed=scores.top is not None), ticket)
-    except ApiError:
-        if ticket is not None:
-            ticket.end(0)
-        raise
+    return await desk.admit(caller, target, requests, Wanted(asked.stops, detailed=scores.top is not None))
 
 
 async def collect(answers: Answers) -> list[Whole]:
@@ -184,7 +189,8 @@ def _as_trained(asked: Asked, generation: Generation) -> tuple[Asked, int | None
     filled: dict[str, object] = {name: value for name, value in own.items() if getattr(asked, name) is None}
     if asked.stop is None and generation.stop:
         filled["stop"] = list(generation.stop)
-    said = any(name in asked.model_fields_set for name in ("max_tokens", "max_completion_tokens"))
+    lengths = known.keys() & {"max_tokens", "max_completion_tokens"} & asked.model_fields_set
+    said = any(getattr(asked, name) is not None for name in lengths)
     return asked.model_copy(update=filled), None if said else generation.max_tokens
 
 

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 
 from tenon.errors import TenonError
 from tenon.serve.api_errors import ApiError, as_api_error, error_body, validation_error
+from tenon.serve.records import current
 
 # After how many seconds a client may try again.
 _RETRY_SECONDS = {429: "1", 503: "5"}
@@ -32,6 +33,7 @@ def tell_errors(app: FastAPI, *private: Path) -> None:
 
 
 def _reply(error: ApiError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    current().error = error.code
     retry = _RETRY_SECONDS.get(error.status) if error.code != "insufficient_quota" else None
     if error.retry_seconds is not None:
         retry = str(math.ceil(error.retry_seconds))

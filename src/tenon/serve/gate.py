@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
@@ -15,18 +16,26 @@ from tenon.errors import StopRequestedError, TenonError
 from tenon.infer.requests import Completion, Request, Token
 from tenon.serve.access import Ticket
 from tenon.serve.api_errors import ApiError
-from tenon.serve.jobs import Ended, Engines, Event, Failed, Job
+from tenon.serve.jobs import Ended, Engines, Event, Failed, Job, Waits
 from tenon.serve.metrics import Metrics
 from tenon.serve.names import Target
-from tenon.serve.said import Piece, Saying, TokenTexts
+from tenon.serve.records import current_for_answers
+from tenon.serve.said import Finish, Piece, Saying, TokenTexts
+
+# A request may have thousands of sequences; how the first ones ended is told.
+_MOST_FINISHES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """How the sequences of one request are told. detailed: with their tokens."""
+    """How the sequences of one request are told. detailed: with their tokens.
+
+    at_once: most of them that are made at a time; the others follow one by one. None: all.
+    """
 
     stops: tuple[str, ...] = ()
     detailed: bool = False
+    at_once: int | None = None
 
 
 class Gate:
@@ -51,14 +60,13 @@ class Gate:
     def admit(self, target: Target, requests: Sequence[Request], wanted: Wanted, ticket: Ticket | None) -> Answers:
         """Have the sequences of one request made; the ticket ends with them. Raises ApiError 400, 429, 503."""
         self.require_open()
-        if len(requests) > self.most:
-            raise ApiError(
-                400, f"a request may ask for {self.most:,} sequences (prompts times n), not {len(requests):,}"
-            )
-        if self.open + len(requests) > self.most:
+        count = min(len(requests), wanted.at_once or len(requests))
+        if count > self.most:
+            raise ApiError(400, f"a request may ask for {self.most:,} sequences (prompts times n), not {count:,}")
+        if self.open + count > self.most:
             raise ApiError(429, "too many requests wait already; try again in a moment", code="queue_full")
         answers = Answers(self, target, requests, wanted, ticket)
-        self._open[answers] = len(requests)
+        self._open[answers] = count
         answers.start()
         return answers
 
@@ -92,13 +100,18 @@ class Answers:
         self._gate, self.target, self._ticket = gate, target, ticket
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         boxes = [_Box(index, self._queue) for index in range(len(requests))]
-        self._jobs = {i: Job(request, target.adapter, boxes[i]) for i, request in enumerate(requests)}
+        self._unsent = deque(Job(request, target.adapter, box) for request, box in zip(requests, boxes, strict=True))
+        self._at_once = wanted.at_once or len(requests)
+        self._jobs: dict[int, Job] = {}
         self._sayings = [Saying(i, gate.texts, wanted.stops, detailed=wanted.detailed) for i in range(len(requests))]
         self.prompt_tokens = sum(len(request.prompt_ids) for request in requests)
         self.completion_tokens = 0
+        self._sent_tokens = 0
+        self._failed = False
         self.completions: dict[int, Completion] = {}
-        self._began = time.monotonic()
-        self._first: float | None = None
+        self._record = current_for_answers()
+        if self._record.keep_prompts:
+            self._record.prompts = tuple(request.prompt_ids for request in requests)
 
     def __enter__(self) -> Answers:
         return self
@@ -108,18 +121,32 @@ class Answers:
 
     def start(self) -> None:
         """Hand the jobs to the engine."""
-        for job in self._jobs.values():
+        if self._record.submitted is None:
+            self._record.submitted, self._record.sequences = time.monotonic(), len(self._sayings)
+        while self._unsent and len(self._jobs) < self._at_once:
+            job = self._unsent.popleft()
+            self._jobs[len(self._sayings) - len(self._unsent) - 1] = job
+            self._sent_tokens += len(job.request.prompt_ids)
             self._gate.engine.submit(job)
 
     def cancel(self) -> None:
         """End what still runs, and count what was done."""
+        self._record.cut_off |= bool(self._jobs)
         for job in self._jobs.values():
             self._gate.engine.cancel(job)
         self._jobs.clear()
+        self._unsent.clear()
         if self._gate.close(self):
             self._count()
             if self._ticket is not None:
-                self._ticket.end(self.prompt_tokens + self.completion_tokens)
+                self._ticket.end(self._used_tokens)
+
+    @property
+    def _used_tokens(self) -> int:
+        """What it costs: all that was read and made, and nothing where an error came before the first token."""
+        if self._failed and not self.completion_tokens:
+            return 0
+        return self._sent_tokens + self.completion_tokens
 
     def abort(self, error: TenonError) -> None:
         """End with an error that whoever reads `pieces` gets."""
@@ -135,11 +162,15 @@ class Answers:
         while self._jobs:
             index, event = await self._queue.get()
             if isinstance(event, Failed):
+                self._failed = True
                 raise event.error
             if isinstance(event, Ended):
                 self.completions[index] = event.completion
                 self._jobs.pop(index)
-                yield stopped.pop(index, None) or self._sayings[index].end(event.completion.finish)
+                self.start()
+                last = stopped.pop(index, None) or self._sayings[index].end(event.completion.finish)
+                self._note_end(event.waits, last.finish or "length")
+                yield last
             elif index not in stopped:
                 piece = self._heard(event, self._sayings[index])
                 if piece.finish is None:
@@ -150,14 +181,22 @@ class Answers:
 
     def _heard(self, token: Token, saying: Saying) -> Piece:
         self.completion_tokens += 1
-        if self._first is None:
-            self._first = time.monotonic()
-            self._gate.metrics.first_token.observe(self._first - self._began)
+        if self._record.first is None:
+            self._record.first = time.monotonic()
         return saying.take(token)
 
+    def _note_end(self, waits: Waits | None, finish: Finish) -> None:
+        """A sequence has ended."""
+        record = self._record
+        if len(record.finish) < _MOST_FINISHES:
+            record.finish = (*record.finish, finish)
+        if waits is not None:
+            old = record.waits or waits
+            record.waits = Waits(
+                max(old.adapter_seconds, waits.adapter_seconds), max(old.place_seconds, waits.place_seconds)
+            )
+
     def _count(self) -> None:
-        metrics, tokens, label = self._gate.metrics, self.completion_tokens, self.target.label
-        if self._first is not None and tokens > len(self._sayings):
-            metrics.next_token.observe((time.monotonic() - self._first) / (tokens / len(self._sayings)))
-        metrics.prompt_tokens.labels(label).inc(self.prompt_tokens)
-        metrics.completion_tokens.labels(label).inc(tokens)
+        record = self._record
+        record.model, record.last = self.target.label, time.monotonic()
+        record.prompt_tokens, record.completion_tokens = self._sent_tokens, self.completion_tokens

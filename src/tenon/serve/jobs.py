@@ -18,10 +18,19 @@ class AdapterRef:
 
 
 @dataclass(frozen=True, slots=True)
+class Waits:
+    """What a sequence waited for: its adapter, then a place in the batch."""
+
+    adapter_seconds: float
+    place_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
-    """The sequence is complete, or was cancelled."""
+    """The sequence is complete, or was cancelled. waits: None where nobody measured."""
 
     completion: Completion
+    waits: Waits | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +85,7 @@ class Load:
     """How busy the engine is: sequences that have a place, that wait for one, and that wait for their adapter.
 
     cache_used: share of the cache that sequences hold. prefix_hit_tokens: tokens of prompts that were not computed
-    again, since the start; preemptions: how often a sequence gave up its place when the cache was full. able: whether
-    anything could be begun now; where engines are processes of their own, all may be starting.
+    again, since the start; preemptions: how often a sequence gave up its place when the cache was full.
     """
 
     running: int = 0
@@ -86,7 +94,6 @@ class Load:
     cache_used: float = 0.0
     prefix_hit_tokens: int = 0
     preemptions: int = 0
-    able: bool = True
 
 
 class Engines(Protocol):

@@ -1,19 +1,91 @@
-"""What is counted, in Prometheus' form. Labels come from bounded sets: routes, statuses, registered versions.
+"""What is counted, in Prometheus' form: `docs/metrics.md` lists it. The sets of labels are bounded.
 
+A model is a version that answered, so a name that someone made up is never a label; a tenant comes from a key. Of each
+there are so many series at most: a new one takes the place of one that has been idle for a while, or is counted as
+`other`, and what is removed from the registry or from the keys is dropped with the next reading.
 This module does not know how requests are answered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, Summary, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tenon.serve.jobs import Engines
+from tenon.serve.jobs import Engines, Load
+from tenon.serve.records import OUTCOMES, Record
 
+OTHER = "other"
+MOST_MODELS = 100
+MOST_TENANTS = 100
+MOST_CODES = 100
+# A series that got nothing for so long makes room for a new one. Shorter, and a thousand adapters that are asked in
+# turn would make a thousand series an hour.
+_IDLE_SECONDS = 600.0
+_REQUEST_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TTFT_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+_WAIT_SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Labels:
+    """The names that have series of their own, at most so many."""
+
+    def __init__(self, most: int, drop: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most, self._drop, self._clock = most, drop, clock
+        self._used: OrderedDict[str, float] = OrderedDict()
+
+    def of(self, name: str) -> str:
+        """The label of a name: itself, or `other`."""
+        now = self._clock()
+        if name not in self._used and len(self._used) >= self._most:
+            oldest, used = next(iter(self._used.items()))
+            if now - used < _IDLE_SECONDS:
+                return OTHER
+            self._forget(oldest)
+        self._used[name] = now
+        self._used.move_to_end(name)
+        return name
+
+    def keep(self, names: Collection[str]) -> None:
+        """Drop the series of all others."""
+        for name in [name for name in self._used if name not in names]:
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        del self._used[name]
+        self._drop(name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Engine(Collector):
+    """The engine's own numbers, read when they are asked for."""
+
+    engine: Engines
+
+    def collect(self) -> Iterator[Metric]:
+        """Gauges of now, counters since the start."""
+        load: Load = self.engine.load
+        for name, text, value in (
+            ("tenon_sequences_running", "Sequences that have a place.", load.running),
+            ("tenon_sequences_waiting", "Sequences that wait for a place.", load.waiting),
+            ("tenon_sequences_parked", "Sequences that wait for their adapter.", load.parked),
+            ("tenon_cache_used_ratio", "Share of the cache that sequences hold.", load.cache_used),
+            ("tenon_adapters_resident", "Adapters in slots.", len(self.engine.resident)),
+        ):
+            yield GaugeMetricFamily(name, text, value=value)
+        for name, text, value in (
+            ("tenon_prefix_hit_tokens", "Tokens of prompts that were not computed again.", load.prefix_hit_tokens),
+            ("tenon_preemptions", "Places given up to a full cache.", load.preemptions),
+            ("tenon_adapter_loads", "Adapters put into slots.", self.engine.loads),
+        ):
+            yield CounterMetricFamily(name, text, value=value)
 
 
 class Metrics:
@@ -21,26 +93,58 @@ class Metrics:
 
     def __init__(self, engine: Engines) -> None:
         self._collection = own = CollectorRegistry()
-        self.requests = Counter("tenon_requests", "Requests answered.", ["route", "status"], registry=own)
-        self.prompt_tokens = Counter("tenon_prompt_tokens", "Tokens of prompts.", ["model"], registry=own)
-        self.completion_tokens = Counter("tenon_completion_tokens", "Tokens of answers.", ["model"], registry=own)
-        self.first_token = Histogram(
-            "tenon_time_to_first_token_seconds", "From request to first token.", buckets=_TTFT_SECONDS, registry=own
-        )
-        self.next_token = Histogram(
-            "tenon_time_per_token_seconds", "Mean of the tokens after the first.", buckets=_TOKEN_SECONDS, registry=own
-        )
-        self._gauge("tenon_sequences_running", "Sequences that have a place.", lambda: engine.load.running)
-        self._gauge("tenon_sequences_waiting", "Sequences that wait for a place.", lambda: engine.load.waiting)
-        self._gauge("tenon_sequences_parked", "Sequences that wait for their adapter.", lambda: engine.load.parked)
-        self._gauge("tenon_cache_used_ratio", "Share of the cache that sequences hold.", lambda: engine.load.cache_used)
-        self._gauge("tenon_prefix_hit_tokens", "Tokens not computed again.", lambda: engine.load.prefix_hit_tokens)
-        self._gauge("tenon_preemptions", "Places given up to a full cache.", lambda: engine.load.preemptions)
-        self._gauge("tenon_adapters_resident", "Adapters in the bank.", lambda: len(engine.resident))
-        self._gauge("tenon_adapter_loads", "Adapters put into the bank since the start.", lambda: engine.loads)
+        self.add(_Engine(engine))
 
-    def _gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
-        Gauge(name, text, registry=self._collection).set_function(read)
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=own)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(name, text, labels, buckets=buckets, registry=own)
+
+        def summary(name: str, text: str) -> Summary:
+            return Summary(name, text, ["tenant"], registry=own)
+
+        self._requests = counter("tenon_requests", "Requests answered.", "route", "status")
+        self._seconds = histogram(
+            "tenon_request_seconds", "From request to the end of its answer.", _REQUEST_SECONDS, "route"
+        )
+        self._errors = counter("tenon_errors", "Errors told to clients.", "code")
+        self._by_model = _Family(
+            counter("tenon_model_requests", "Requests by who answered and how they ended.", "model", "outcome"),
+            counter("tenon_prompt_tokens", "Tokens of prompts.", "model"),
+            counter("tenon_completion_tokens", "Tokens of answers.", "model"),
+            histogram("tenon_time_to_first_token_seconds", "From request to first token.", _TTFT_SECONDS, "model"),
+            histogram(
+                "tenon_time_per_token_seconds", "Mean of a request's tokens after the first.", _TOKEN_SECONDS, "model"
+            ),
+        )
+        self._by_tenant = _Family(
+            counter("tenon_tenant_requests", "Requests by whose key it was and how they ended.", "tenant", "outcome"),
+            counter("tenon_tenant_prompt_tokens", "Tokens of prompts.", "tenant"),
+            counter("tenon_tenant_completion_tokens", "Tokens of answers.", "tenant"),
+            summary("tenon_tenant_time_to_first_token_seconds", "From request to first token."),
+            summary("tenon_tenant_time_per_token_seconds", "Mean of a request's tokens after the first."),
+        )
+        self._place_wait = histogram("tenon_queue_seconds", "Waits for a place in the batch.", _WAIT_SECONDS)
+        self._adapter_wait = histogram("tenon_adapter_wait_seconds", "Waits for an adapter's slot.", _WAIT_SECONDS)
+        self.models = Labels(MOST_MODELS, self._by_model.drop)
+        self.tenants = Labels(MOST_TENANTS, self._by_tenant.drop)
+        self._codes = Labels(MOST_CODES, lambda code: self._errors.remove(code))
+
+    def ended(self, record: Record, /) -> None:
+        """Count a request."""
+        self._requests.labels(record.route, str(record.status)).inc()
+        if record.ended is not None:
+            self._seconds.labels(record.route).observe(record.ended - record.began)
+        if record.outcome in ("refused", "error"):
+            self._errors.labels(self._codes.of(record.error or f"http_{record.status}")).inc()
+        if record.model is not None:
+            self._by_model.count(self.models.of(record.model), record)
+        if record.tenant is not None:
+            self._by_tenant.count(self.tenants.of(record.tenant), record)
+        if record.waits is not None:
+            self._place_wait.observe(record.waits.place_seconds)
+            self._adapter_wait.observe(record.waits.adapter_seconds)
 
     def add(self, collector: Collector) -> None:
         """Tell of something else too."""
@@ -49,3 +153,35 @@ class Metrics:
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""
         return generate_latest(self._collection)
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """The same five things of a model or of a tenant."""
+
+    requests: Counter
+    prompt_tokens: Counter
+    completion_tokens: Counter
+    first_token: Histogram | Summary
+    next_token: Histogram | Summary
+
+    def count(self, label: str, record: Record) -> None:
+        """Count a request."""
+        self.requests.labels(label, record.outcome).inc()
+        self.prompt_tokens.labels(label).inc(record.prompt_tokens)
+        self.completion_tokens.labels(label).inc(record.completion_tokens)
+        for family, seconds in (
+            (self.first_token, record.first_token_seconds),
+            (self.next_token, record.token_seconds),
+        ):
+            if seconds is not None:
+                family.labels(label).observe(seconds)
+
+    def drop(self, label: str) -> None:
+        """Forget all series of a label."""
+        for outcome in OUTCOMES:
+            with suppress(KeyError):
+                self.requests.remove(label, outcome)
+        for family in (self.prompt_tokens, self.completion_tokens, self.first_token, self.next_token):
+            with suppress(KeyError):
+                family.remove(label)

@@ -8,15 +8,18 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
+import time
+from collections.abc import Sequence
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tenon.serve.metrics import Metrics
+from tenon.serve.records import Observer, Record, begin
 
 REQUEST_ID = "x-request-id"
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # What clients may call a request; anything else would be a way to write into logs.
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class Named:
@@ -33,9 +36,8 @@ class Named:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        brought = next((value for name, value in scope["headers"] if name == REQUEST_ID.encode()), b"")
-        plain = _REQUEST_ID.fullmatch(brought) is not None
-        name = brought.decode("ascii") if plain else f"req-{secrets.token_hex(12)}"
+        brought = _header(scope, REQUEST_ID.encode()) or ""
+        name = brought if _REQUEST_ID.fullmatch(brought) else f"req-{secrets.token_hex(12)}"
         scope.setdefault("state", {})["request_id"] = name
 
         async def named(message: Message) -> None:
@@ -86,27 +88,37 @@ class BodyBound:
         return HTTPException(413, f"a body may have {self._most:,} bytes; send less, or ask for fewer at a time")
 
 
-class Counted:
-    """Counts answers by route and status; what no route knows is one label."""
+class Watched:
+    """Keeps a record of every request and tells the observers when it has ended; what no route knows is one route."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: ASGIApp, observers: Sequence[Observer], keep_prompts: bool) -> None:
+        self._app, self._observers, self._keep_prompts = app, observers, keep_prompts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 500
+        record = Record(
+            id=scope["state"]["request_id"],
+            method=scope["method"] if scope["method"] in _METHODS else "other",
+            parent=_header(scope, b"traceparent"),
+            keep_prompts=self._keep_prompts,
+        )
+        begin(record)
 
         async def noted(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                record.status = message["status"]
             await send(message)
 
         try:
             await self._app(scope, receive, noted)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(route, str(status)).inc()
+            record.route, record.ended = getattr(scope.get("route"), "path", "other"), time.monotonic()
+            for observer in self._observers:
+                observer.ended(record)
+
+
+def _header(scope: Scope, wanted: bytes) -> str | None:
+    return next((value.decode("latin-1") for name, value in scope["headers"] if name == wanted), None)

@@ -87,6 +87,10 @@ class Names:
             return name
         return f"{name.partition('@')[0]}@{target.pick(random.random())}"
 
+    def labels(self) -> frozenset[str]:
+        """Everybody who can answer now: the base's name, and `name@3` of all versions."""
+        return frozenset({self.base, *self._registry.labels()})
+
     def list(self) -> list[Listed]:
         """The base, then each name with its newest version, then aliases, then every version; what is damaged is left
         out. An alias of several versions is listed with the main one.

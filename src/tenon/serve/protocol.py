@@ -36,8 +36,8 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 _T = TypeVar("_T")
 # A list is refused at its first fault: a body of a few megabytes can have a million, and each would be told.
-_Each = Annotated[list[_T], Field(fail_fast=True)]
-_Several = Annotated[list[_T], Field(min_length=1, fail_fast=True)]
+Each = Annotated[list[_T], Field(fail_fast=True)]
+Several = Annotated[list[_T], Field(min_length=1, fail_fast=True)]
 
 
 def _few_fields(value: Any) -> Any:
@@ -47,7 +47,7 @@ def _few_fields(value: Any) -> Any:
     return value
 
 
-_ByName = Annotated[dict[str, _T], BeforeValidator(_few_fields)]
+ByName = Annotated[dict[str, _T], BeforeValidator(_few_fields)]
 _Biases = Annotated[dict[TokenIdText, Bias], BeforeValidator(_few_fields)]
 
 
@@ -80,10 +80,10 @@ class ChatMessage(ApiModel):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | _Each[TextPart] | None = None
+    content: Text | Each[TextPart] | None = None
     name: Text | None = None
     reasoning_content: Text | None = None
-    tool_calls: _Each[dict[str, Any]] | None = None
+    tool_calls: Each[dict[str, Any]] | None = None
     tool_call_id: Text | None = None
     refusal: Text | None = None
 
@@ -142,20 +142,20 @@ class _Asked(ApiModel):
 class ChatRequest(_Asked):
     """POST /v1/chat/completions."""
 
-    messages: _Several[ChatMessage]
+    messages: Several[ChatMessage]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     # Without effect here.
-    metadata: _ByName[str] | None = None
+    metadata: ByName[str] | None = None
     store: bool | None = None
     service_tier: Text | None = None
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None
     # Refused unless they say what happens anyway.
     response_format: dict[str, Any] | None = None
-    tools: _Each[dict[str, Any]] | None = None
+    tools: Each[dict[str, Any]] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
 
@@ -180,7 +180,7 @@ class ChatRequest(_Asked):
 class CompletionRequest(_Asked):
     """POST /v1/completions. prompt: a text or token ids, or several. logprobs: how many of the likeliest tokens."""
 
-    prompt: Text | _Several[Text] | _Several[TokenId] | _Several[_Several[TokenId]]
+    prompt: Text | Several[Text] | Several[TokenId] | Several[Several[TokenId]]
     max_tokens: Annotated[int, Field(ge=0)] | None = 16
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None

@@ -30,6 +30,7 @@ from tenon.serve.gate import Gate
 from tenon.serve.jobs import Deliver, Engines, Event, Mailbox
 from tenon.serve.metrics import Metrics
 from tenon.serve.names import Names
+from tenon.serve.records import Observer
 
 _POLL_SECONDS = 0.02
 _SEND_BYTES = 1 << 17
@@ -42,16 +43,22 @@ MakeEngines = Callable[[Deliver], Engines]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """queue: sequences that may wait besides those that run. fingerprint: of the base. vocabulary: its tokens."""
+    """queue: sequences that may wait besides those that run. fingerprint: of the base. vocabulary: its tokens.
+    hidden: numbers of its hidden states. observers: told of every request, besides the metrics; keep_prompts: one of
+    them wants prompts.
+    """
 
     queue: int
     most_body_bytes: int
     drain_seconds: float
     fingerprint: str
     vocabulary: int
+    hidden: int
     version: str
     cors: tuple[str, ...] = ()
     bounds: Bounds = field(default_factory=Bounds)
+    observers: tuple[Observer, ...] = ()
+    keep_prompts: bool = False
 
 
 class _Outlet:
@@ -110,8 +117,15 @@ class Server:
         outlet = _Outlet()
         self.engine = make_engines(outlet)
         self.gate = Gate(self.engine, tokenizer, Metrics(self.engine), most=self.engine.limits.rows + options.queue)
-        desk = Desk(self.gate, names, options.fingerprint, options.vocabulary, access)
-        face = Face(options.version, options.most_body_bytes, options.bounds.body_seconds, options.cors)
+        desk = Desk(self.gate, names, options.fingerprint, options.vocabulary, options.hidden, access)
+        face = Face(
+            version=options.version,
+            most_body_bytes=options.most_body_bytes,
+            body_seconds=options.bounds.body_seconds,
+            cors=options.cors,
+            observers=options.observers,
+            keep_prompts=options.keep_prompts,
+        )
         self._http = HttpThread(make_app(desk, face), self.gate, listening, outlet, options)
 
     def start(self) -> None:

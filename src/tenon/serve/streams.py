@@ -18,9 +18,8 @@ from starlette.types import Receive, Scope, Send
 from tenon.errors import TenonError
 from tenon.serve.api_errors import ApiError, as_api_error, error_body
 from tenon.serve.gate import Answers
+from tenon.serve.records import CLIENT_GONE, current
 
-# What nginx calls an answer that nobody waits for; it is only ever seen in the metrics.
-CLIENT_GONE = 499
 DONE = "data: [DONE]\n\n"
 _T = TypeVar("_T")
 
@@ -51,6 +50,7 @@ class EventStream(StreamingResponse):
     """Chunks as server-sent events. However it ends, the sequences end with it."""
 
     def __init__(self, answers: Answers, chunks: AsyncIterator[BaseModel]) -> None:
+        current().stream = True
         super().__init__(_events(chunks), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._answers = answers
 
@@ -66,6 +66,8 @@ async def _events(chunks: AsyncIterator[BaseModel]) -> AsyncIterator[str]:
         async for chunk in chunks:
             yield f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
     except TenonError as error:
-        yield f"data: {json.dumps(error_body(as_api_error(error)))}\n\n"
+        told = as_api_error(error)
+        current().error = told.code
+        yield f"data: {json.dumps(error_body(told))}\n\n"
     else:
         yield DONE

@@ -96,19 +96,25 @@ class VllmAdapters:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _place(self, adapter: AdapterRef, client: httpx.AsyncClient) -> _Place:
-        """The adapter's place, made if need be; waits for one to come free."""
+        """The adapter's place, made if need be. Those who wait for one come in the order in which they asked."""
+        there = self._places.get(adapter.key)
+        if there is not None and not there.closing:
+            return there
         asked, turn = time.monotonic(), asyncio.Event()
+        self._waiting.append(turn)
         try:
             while True:
-                place = self._places.get(adapter.key)
-                if place is not None and not place.closing:
+                place, first = self._places.get(adapter.key), self._waiting[0] is turn
+                if place is not None and (first or not place.closing):
+                    place.closing = False
                     return place
-                if place is None and await self._make_room(client) and adapter.key not in self._places:
+                # Whoever is first stays it while vLLM is told to make room, so nobody else takes the place.
+                if place is None and first and await self._make_room(client):
                     return self._begin(adapter, client)
                 await self._wait(turn, asked)
         finally:
-            if turn in self._waiting:
-                self._waiting.remove(turn)
+            self._waiting.remove(turn)
+            self._wake()
 
     def _begin(self, adapter: AdapterRef, client: httpx.AsyncClient) -> _Place:
         loading = asyncio.ensure_future(self._load(adapter, client))
@@ -130,11 +136,9 @@ class VllmAdapters:
 
     async def _wait(self, turn: asyncio.Event, asked: float) -> None:
         """Wait until a place may have come free; after some patience, see to it that one does."""
-        if turn not in self._waiting:
-            self._waiting.append(turn)
         turn.clear()
         left = self._patience_seconds - (time.monotonic() - asked)
-        if left <= 0 and not any(place.closing for place in self._places.values()):
+        if left <= 0 and self._waiting[0] is turn and not any(place.closing for place in self._places.values()):
             min(self._places.values(), key=lambda place: place.since).closing = True
         try:
             await asyncio.wait_for(turn.wait(), max(left, self._patience_seconds / 4))

@@ -106,6 +106,7 @@ class VllmEngines:
         """Work until `stop`, then end the process. Every job is told of an end in any case."""
         try:
             asyncio.run(self._main())
+            self._process.forget_log()
         finally:
             self._process.end(patience_seconds=_END_SECONDS)
             self._adapters.clear()

@@ -169,6 +169,10 @@ class VllmProcess:
             hint=f"{_remedy(text)}; its whole report is in {self._launch.log}",
         )
 
+    def forget_log(self) -> None:
+        """All went well: nobody will read what it printed."""
+        self._launch.log.unlink(missing_ok=True)
+
     def end(self, *, patience_seconds: float = _KILL_SECONDS) -> None:
         """End it with everything that it started; what runs is given patience_seconds to finish."""
         if self.status is None:

@@ -7,12 +7,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from tenon.errors import RunError, TenonError, UsageError
 from tenon.infer.requests import Completion, FinishReason, Request, Token
 
 _ID_PREFIX = "token_id:"
+# Fields of a request that vLLM is told, and those that only our own engine needs. Any other is refused, unless it says
+# what happens anyway.
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+_SAID = ("prompt_ids", "max_new_tokens", "stop_ids", "logit_bias", "seed", "top_logprobs", "prompt_logprobs", "salt")
+_OWN = ("slot", "adapter_key")
+_PASSED_ON = frozenset((*_SAMPLING, *_SAID, *_OWN))
 
 
 def completion_body(request: Request, model: str, *, secret: str) -> dict[str, Any]:
@@ -20,16 +27,15 @@ def completion_body(request: Request, model: str, *, secret: str) -> dict[str, A
 
     Raises UsageError usage-engine for what vLLM has no words for.
     """
-    if request.draft_ids:
-        raise _refused("a guess of the answer is not checked by vLLM")
+    for each in fields(Request):
+        if each.name not in _PASSED_ON and getattr(request, each.name) != each.default:
+            raise _refused(f"{each.name} is not among what vLLM is asked")
     body: dict[str, Any] = {
         "model": model,
         "prompt": list(request.prompt_ids),
         "max_tokens": request.max_new_tokens,
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "top_k": request.top_k,
-        "min_p": request.min_p,
+        **{name: getattr(request, name) for name in _SAMPLING},
+        "logit_bias": {str(token): value for token, value in request.logit_bias} or None,
         "seed": request.seed % 2**63,
         # What ends the answer is the request's alone, not what the base's files say.
         "ignore_eos": True,

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from tenon.errors import AdapterError
 from tenon.plan.values import Generation
-from tenon.registry.aliases import Alias
+from tenon.registry.aliases import Alias, Guard
 from tenon.registry.entry import Entry, EntryDraft
 from tenon.registry.store import TEMPLATE_NAME, Registry
+from tenon.runs.metric_table import metric_facts
 from tenon.settings import Settings
 
 
@@ -98,12 +99,32 @@ def list_aliases(settings: Settings, name: str | None = None) -> dict[str, Alias
     return {f"{each}@{alias}": found for each in names for alias, found in sorted(registry.aliases(each).items())}
 
 
-def set_alias(spec: str, versions: Sequence[str], shadow: int | None, settings: Settings) -> Alias:
+def set_alias(
+    spec: str,
+    versions: Sequence[str],
+    shadow: int | None,
+    settings: Settings,
+    *,
+    sticky: bool = False,
+    force: bool = False,
+) -> Alias:
     """Let NAME@ALIAS stand for `3`, or for several versions with their shares, `3:95` and `4:5`.
 
-    Raises AdapterError adapter-bad-alias, adapter-unknown.
+    sticky: each tenant keeps the version that it is dealt. force: also against its guard's metric.
+    Raises AdapterError adapter-bad-alias, adapter-unknown, adapter-guard.
     """
-    return Registry(settings.registry).set_alias(spec, dict(_share(word) for word in versions), shadow)
+    shares = dict(_share(word) for word in versions)
+    return Registry(settings.registry).set_alias(spec, shares, shadow, sticky=sticky, force=force)
+
+
+def guard_alias(spec: str, guard: Guard | None, settings: Settings) -> Alias:
+    """Set or take away the guard of NAME@ALIAS.
+
+    Raises AdapterError adapter-alias-unknown; RecipeError recipe-metric-unknown.
+    """
+    if guard is not None and guard.metric is not None:
+        metric_facts(guard.metric, key="--metric")
+    return Registry(settings.registry).guard_alias(spec, guard)
 
 
 def roll_back_alias(spec: str, settings: Settings) -> Alias:

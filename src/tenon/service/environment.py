@@ -26,7 +26,9 @@ NEEDED = (
     "transformers",
 )
 # The serve extra names the same.
-NEEDED_TO_SERVE = ("fastapi", "prometheus-client", "uvicorn")
+NEEDED_TO_SERVE = ("fastapi", "httpx", "llguidance", "prometheus-client", "uvicorn")
+# The trace extra names the same.
+NEEDED_TO_TRACE = ("opentelemetry-api", "opentelemetry-exporter-otlp-proto-http", "opentelemetry-sdk")
 
 
 def require_training(version_of: Callable[[str], str] = metadata.version) -> None:
@@ -53,6 +55,12 @@ def require_serving(version_of: Callable[[str], str] = metadata.version) -> None
     require_training(version_of)
     found = {name: _version(name, version_of) for name in NEEDED_TO_SERVE}
     _require(found, "this installation cannot serve", "train,serve")
+
+
+def require_tracing(version_of: Callable[[str], str] = metadata.version) -> None:
+    """What traces need. Raises UsageError usage-extra-missing."""
+    found = {name: _version(name, version_of) for name in NEEDED_TO_TRACE}
+    _require(found, "this installation cannot trace", "train,serve,trace")
 
 
 def _require(found: dict[str, str | None], fact: str, extras: str) -> None:
