@@ -142,3 +142,25 @@ def test_p15_scores_that_are_not_finite_end_their_own_request_alone(
     assert sorted(engine.completions) == [0, 2, 3]
     for index in (0, 2, 3):
         assert engine.completions[index].ids == generate(decoder, bank, [requests[index]])[0].ids
+
+
+@pytest.mark.parametrize("pass_tokens", [1, 64])
+def test_a_prompt_can_be_read_without_an_answer(
+    house: tuple[Decoder, AdapterBank, list[int]], pass_tokens: int
+) -> None:
+    decoder, bank, slots = house
+    told: list[Token] = []
+
+    def tell(_index: int, token: Token) -> None:
+        told.append(token)
+
+    engine = engine_of(decoder, bank, rows=2, pass_tokens=pass_tokens, on_token=tell)
+    for index, prompt in enumerate(PROMPTS):
+        engine.submit(index, Request(prompt, slot=slots[0], max_new_tokens=0, prompt_logprobs=index != 1))
+    run(engine)
+    for index, prompt in enumerate(PROMPTS):
+        found, scores = engine.completions[index], scores_of(decoder, bank, slots[0], prompt)
+        assert (found.ids, found.finish) == ((), "length")
+        expected = [float(scores[i, token]) for i, token in enumerate(prompt[1:])] if index != 1 else []
+        assert [token.logprob for token in found.prompt] == pytest.approx(expected, abs=1e-4)
+    assert not told

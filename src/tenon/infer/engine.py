@@ -138,7 +138,7 @@ class Engine:
         room = min(self._decoder.facts.context_tokens, self._cache.capacity_tokens)
         if request.pooling is not None:  # all of the prompt is fed, as if one token were to follow
             return min(room, len(request.prompt_ids)) + 1
-        return min(room, len(request.prompt_ids) + max(request.max_new_tokens, len(request.draft_ids)))
+        return min(room, len(request.prompt_ids) + max(request.max_new_tokens, len(request.draft_ids), 1))
 
     def _admit(self) -> None:
         while self._waiting and len(self._rows) < len(self._cache.lengths) and self._let_in(self._waiting[0]):
@@ -295,6 +295,9 @@ class Engine:
 
     def _push(self, row: Row, token: Token) -> None:
         """Add one token to the answer, or end it."""
+        if row.request.max_new_tokens == 0:
+            row.finish = "length"
+            return
         if token.id in row.request.stop_ids:
             row.finish = "stop"
             return

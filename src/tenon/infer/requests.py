@@ -76,7 +76,7 @@ class Request:
             ("frequency_penalty", self.frequency_penalty, isfinite(self.frequency_penalty), "any finite number"),
             ("repetition_penalty", self.repetition_penalty, 0.0 < self.repetition_penalty < inf, "above 0 (1 is none)"),
             ("logit_bias", len(self.logit_bias), self._good_bias, "finite numbers, each token once"),
-            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 0, "0 (only read the prompt) or more"),
             ("top_logprobs", self.top_logprobs, self.top_logprobs >= 0, "0 (none) or more"),
         )
         for name, value, good, range_text in checks:

@@ -60,9 +60,9 @@ class _Reply:
             *(
                 TextChoice(
                     index=index,
-                    text=self._prompt(index) + ("" if self._silent else answer.text),
+                    text=self._prompt(index) + answer.text,
                     logprobs=self._logprobs(index, answer),
-                    finish_reason="length" if self._silent else answer.finish,
+                    finish_reason=answer.finish,
                 )
                 for index, answer in enumerate(answers)
             )
@@ -74,14 +74,13 @@ class _Reply:
         async for piece in pieces:
             echoed = "" if piece.index in lengths else self._prompt(piece.index)
             lengths.setdefault(piece.index, 0)
-            said = "" if self._silent else piece.text
-            if not (echoed or said or piece.tokens or piece.finish):
+            if not (echoed or piece.text or piece.tokens or piece.finish):
                 continue
             logprobs = None
             if self.body.logprobs is not None:
                 logprobs = text_logprobs(list(piece.tokens), top=self.body.logprobs > 0, first=0)
             yield self._completion(
-                TextChoice(index=piece.index, text=echoed + said, logprobs=logprobs, finish_reason=piece.finish)
+                TextChoice(index=piece.index, text=echoed + piece.text, logprobs=logprobs, finish_reason=piece.finish)
             )
         if self.body.include_usage:
             yield self._completion().model_copy(update={"usage": self._usage})
@@ -103,20 +102,14 @@ class _Reply:
         return self.prompts[index // (self.body.n or 1)].text if self.body.echo else ""
 
     @property
-    def _silent(self) -> bool:
-        """Only the prompt was asked for. The engine always makes a token, which is not told then."""
-        return self.body.max_tokens == 0
-
-    @property
     def _usage(self) -> Usage:
-        return usage_of(self.answers.prompt_tokens, 0 if self._silent else self.answers.completion_tokens)
+        return usage_of(self.answers.prompt_tokens, self.answers.completion_tokens)
 
     def _logprobs(self, index: int, answer: Whole) -> TextLogprobs | None:
         if self.body.logprobs is None:
             return None
-        said = [] if self._silent else answer.tokens
         top = self.body.logprobs > 0
-        found = text_logprobs(said, top=top, first=len(self._prompt(index)))
+        found = text_logprobs(answer.tokens, top=top, first=len(self._prompt(index)))
         if not self.body.echo:
             return found
         prompt = text_logprobs(self._scored_prompt(index), top=top, first=0)

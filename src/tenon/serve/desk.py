@@ -197,7 +197,7 @@ def _as_trained(asked: Asked, generation: Generation) -> tuple[Asked, int | None
 def _room(desk: Desk, prompt: Sequence[int], most_tokens: int | None) -> int:
     """Tokens that the answer may have."""
     room = desk.context_tokens - len(prompt)
-    wanted = max(most_tokens or 0, 1)
+    wanted = max(most_tokens or 0, 1)  # also to read a prompt alone, the engine takes a place for one
     if room < wanted:
         raise ApiError(
             400,
@@ -205,4 +205,4 @@ def _room(desk: Desk, prompt: Sequence[int], most_tokens: int | None) -> int:
             f"({len(prompt):,} in the prompt, {wanted:,} for the answer); shorten the prompt or lower max_tokens",
             code="context_length_exceeded",
         )
-    return room if most_tokens is None else wanted
+    return room if most_tokens is None else most_tokens

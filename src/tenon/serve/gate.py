@@ -139,14 +139,12 @@ class Answers:
         if self._gate.close(self):
             self._count()
             if self._ticket is not None:
-                self._ticket.end(self._used_tokens)
+                self._ticket.end(self._read_tokens + self.completion_tokens)
 
     @property
-    def _used_tokens(self) -> int:
-        """What it costs: all that was read and made, and nothing where an error came before the first token."""
-        if self._failed and not self.completion_tokens:
-            return 0
-        return self._sent_tokens + self.completion_tokens
+    def _read_tokens(self) -> int:
+        """Tokens of prompts that are counted: none where an error came before the first token of an answer."""
+        return 0 if self._failed and not self.completion_tokens else self._sent_tokens
 
     def abort(self, error: TenonError) -> None:
         """End with an error that whoever reads `pieces` gets."""
@@ -199,4 +197,4 @@ class Answers:
     def _count(self) -> None:
         record = self._record
         record.model, record.last = self.target.label, time.monotonic()
-        record.prompt_tokens, record.completion_tokens = self._sent_tokens, self.completion_tokens
+        record.prompt_tokens, record.completion_tokens = self._read_tokens, self.completion_tokens
