@@ -255,7 +255,7 @@ def _read_metrics(text: str) -> Counters:
         if name.startswith("tenon_requests_total{"):
             labels = dict(part.split("=") for part in name.partition("{")[2].rstrip("}").replace('"', "").split(","))
             answers[labels["route"], int(labels["status"])] = int(float(value))
-        elif name.startswith(("tenon_prompt_tokens_total", "tenon_completion_tokens_total")):
+        elif name.startswith(("tenon_tenant_prompt_tokens_total", "tenon_tenant_completion_tokens_total")):
             tokens += float(value)
         elif name.partition("{")[0] in _OPEN:
             still_open += float(value)

@@ -20,5 +20,5 @@ def test_after_ten_seconds_of_everything_all_counters_add_up(tmp_path: Path) -> 
     assert not short
     assert sum(row.met is True for row in rows) >= 9
     found = {row.what: row.value for row in rows}
-    assert found["requests sent"] > 100 and found["of them cut off by their client"] > 5
+    assert found["requests sent"] > 60 and found["of them cut off by their client"] > 3
     assert found["adapters registered and removed"] >= 1 and found["seeded requests repeated under load"] > 3

@@ -151,7 +151,7 @@ def test_a_prompt_can_be_read_without_an_answer(
     decoder, bank, slots = house
     told: list[Token] = []
 
-    def tell(_index: int, token: Token) -> None:
+    def tell(index: int, token: Token) -> None:
         told.append(token)
 
     engine = engine_of(decoder, bank, rows=2, pass_tokens=pass_tokens, on_token=tell)
