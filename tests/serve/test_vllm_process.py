@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tenon.errors import RunError
-from tenon.serve.vllm_process import RANKS, VllmProcess, rank_for
+from tenon.serve.vllm_process import RANKS, TESTED, VllmProcess, rank_for
 from tests.serve.house import House, wait_until
 from tests.serve.vllm_house import make_launch, never
 
@@ -111,6 +111,24 @@ def test_it_ends_with_whoever_started_it_however_that_one_ends(house: House, tmp
     holder.kill()
     holder.communicate()
     wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
+
+
+def test_a_server_that_makes_no_answers_did_not_start(house: House, tmp_path: Path) -> None:
+    process = VllmProcess.start(make_launch(house, tmp_path, FAKE_VLLM_DUMB="1"))
+    try:
+        process.wait_until_ready(lambda seconds: None)
+        with pytest.raises(RunError, match=r"vLLM makes no answers: .*not today"):
+            process.warm_up()
+        process.end()
+        with pytest.raises(RunError, match="run-engine-start"):
+            process.warm_up()
+    finally:
+        process.end()
+
+
+def test_the_versions_that_were_tested_are_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "vllm.md").read_text()
+    assert [version for version in TESTED if f"` {version} |" not in page] == []
 
 
 def test_ranks_are_rounded_up_to_what_vllm_knows() -> None:

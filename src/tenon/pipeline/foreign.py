@@ -103,6 +103,7 @@ def start_vllm(launch: Launch, on_wait: Callable[[], None]) -> VllmProcess:
     process = VllmProcess.start(launch)
     try:
         process.wait_until_ready(lambda _seconds: on_wait())
+        process.warm_up()
     except BaseException:
         process.end(patience_seconds=0.0)
         raise

@@ -158,6 +158,18 @@ class VllmProcess:
                 on_wait(seconds)
                 time.sleep(_POLL_SECONDS)
 
+    def warm_up(self) -> None:
+        """Have one token made: what vLLM compiles for that, nobody else waits for. Raises RunError run-engine-start."""
+        body = {"model": BASE_NAME, "prompt": [0], "max_tokens": 1, "temperature": 0}
+        try:
+            answer = httpx.post(
+                f"{self.url}/v1/completions", json=body, headers=self.headers, timeout=None, trust_env=False
+            )
+        except httpx.TransportError as error:
+            raise self.start_error("went away before its first answer") from error
+        if answer.status_code != 200:
+            raise self.start_error(f"makes no answers: {answer.text[:200]}")
+
     def start_error(self, otherwise: str) -> RunError:
         """Why it did not start, as far as its log tells. otherwise: what to say of one that still runs."""
         how = otherwise if self.status is None else f"ended at its start ({exit_text(self.status)})"

@@ -4,7 +4,7 @@ An adapter adds its rank instead of one. What it is asked is written to FAKE_VLL
 
 It fails as prompts say: one that begins with DIES ends the process before it answers, DIES_LATER after two tokens, both
 only as long as the file FAKE_VLLM_MERCY does not exist; REFUSED is answered with 400. FAKE_VLLM_FAILS: what to say and
-end with at the start. FAKE_VLLM_SECONDS: between tokens.
+end with at the start. FAKE_VLLM_DUMB: it answers nothing. FAKE_VLLM_SECONDS: between tokens.
 """
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ async def completions(request: Request) -> Response:
     note(route="completions", **body)
     if body["model"] != "base" and body["model"] not in loaded:
         return failure(404, f"The model `{body['model']}` does not exist.")
+    if os.environ.get("FAKE_VLLM_DUMB"):
+        return failure(500, "not today")
     first = body["prompt"][0]
     if first == REFUSED:
         return failure(400, "this is not understood")
@@ -91,10 +93,10 @@ async def chunks(body: dict[str, Any], request: Request) -> AsyncIterator[str]:
     try:
         while True:
             token, made = (token + step) % VOCABULARY, made + 1
-            stopped = token in body["stop_token_ids"]
+            stopped = token in body.get("stop_token_ids", ())
             finish = "stop" if stopped else "length" if made == body["max_tokens"] else None
-            echoed = body["prompt"] if body["echo"] and made == 1 else []
-            yield f"data: {json.dumps(chunk([token], finish, body['logprobs'], echoed))}\n\n"
+            echoed = body["prompt"] if body.get("echo") and made == 1 else []
+            yield f"data: {json.dumps(chunk([token], finish, body.get('logprobs') or 0, echoed))}\n\n"
             if finish is not None:
                 break
             if made == 2 and body["prompt"][0] == DIES_LATER and not merciful():
