@@ -159,8 +159,11 @@ class VllmProcess:
                 time.sleep(_POLL_SECONDS)
 
     def warm_up(self) -> None:
-        """Have one token made: what vLLM compiles for that, nobody else waits for. Raises RunError run-engine-start."""
-        body = {"model": BASE_NAME, "prompt": [0], "max_tokens": 1, "temperature": 0}
+        """Have a token made and scored: what vLLM compiles for it, nobody else waits for.
+
+        Raises RunError run-engine-start.
+        """
+        body = {"model": BASE_NAME, "prompt": [0, 0], "max_tokens": 2, "temperature": 0, "echo": True, "logprobs": 1}
         try:
             answer = httpx.post(
                 f"{self.url}/v1/completions", json=body, headers=self.headers, timeout=None, trust_env=False
