@@ -28,6 +28,10 @@ check: $(READY)
 figures: $(READY)
 	$(BIN)/python -m benchmarks.show
 
+# OpenAI's client in other versions, and lm-eval, which some tests and benchmarks of serving want beside.
+clients:
+	sh benchmarks/prepare_clients.sh $(PYTHON)
+
 test-gpu: $(READY)
 	$(BIN)/pytest -m gpu tests
 
