@@ -151,8 +151,12 @@ def make_house(root: Path) -> House:
 
 @contextmanager
 def serving(house: House, **changes: Any) -> Iterator[Running]:
-    """A server over the house. changes: rows, slots, cache_bytes, queue, most_body_bytes, drain_seconds, access."""
+    """A server over the house.
+
+    changes: rows, slots, cache_bytes, queue, most_body_bytes, drain_seconds, access, say.
+    """
     access: Access | None = changes.pop("access", None)
+    say: Callable[[str], None] = changes.pop("say", lambda _text: None)
     rows, slots = changes.pop("rows", 4), changes.pop("slots", 2)
     cache_bytes = changes.pop("cache_bytes", 1 << 24)
     limits = Limits(rows, CONTEXT, cache_bytes, pass_tokens=64, slots=slots)
@@ -169,7 +173,7 @@ def serving(house: House, **changes: Any) -> Iterator[Running]:
             read = AdapterReader(house.registry)
             return EngineLoop(house.decoder, bank, limits=limits, read=read, deliver=deliver)
 
-        server = Server(make_engine, tokenizer, names, listening=listening, options=options, access=access)
+        server = Server(make_engine, tokenizer, names, listening=listening, options=options, access=access, say=say)
         server.start()
         worker = threading.Thread(target=server.work)
         worker.start()

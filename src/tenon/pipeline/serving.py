@@ -61,7 +61,19 @@ def serve(request: ServeRequest, emit: Emit, settings: Settings) -> None:
             keep_prompts=request.log_prompts,
         )
         access = Access(KeyStore(settings.keys), UsageBook(settings.usage))
-        server = Server(make_engines, renderer.tokenizer, names, listening=listening, options=options, access=access)
+
+        def say(text: str) -> None:
+            emit("warning", code="alias", text=text)
+
+        server = Server(
+            make_engines,
+            renderer.tokenizer,
+            names,
+            listening=listening,
+            options=options,
+            access=access,
+            say=say,
+        )
         with closing(access), closing(watch), stopped_by_signals(server):
             server.start()
             limits = server.engine.limits

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from functools import partial
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tenon.data.render import Renderer
 from tenon.serve.desk import Desk, Scores, Whole, ask, begun, collect, new_id, now
 from tenon.serve.gate import Answers
 from tenon.serve.protocol import ChatRequest
@@ -37,11 +37,17 @@ def chat_routes(desk: Desk) -> APIRouter:
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         """The assistant's next turn, from the base or from an adapter; with `stream` as server-sent events."""
         caller = await desk.caller(request.headers.get("authorization"))
-        target = await desk.find(body.model, caller)
+        target = await desk.find(body.model, caller, user=body.user or body.safety_identifier)
         messages = [message.plain() for message in body.messages]
-        ids = await asyncio.to_thread(partial(target.renderer.prompt, messages, source="messages"))
+
+        def render(renderer: Renderer) -> list[list[int]]:
+            return [renderer.prompt(messages, source="messages")]
+
+        prompts = await asyncio.to_thread(render, target.renderer)
         scores = Scores(body.top_logprobs or 0 if body.logprobs else None)
-        answers = await ask(desk, caller, target, [ids], body, most_tokens=body.most_tokens, scores=scores)
+        answers = await ask(
+            desk, caller, target, prompts, body, most_tokens=body.most_tokens, scores=scores, render=render
+        )
         reply = _Reply(new_id("chatcmpl"), now(), answers, body, desk.fingerprint)
         if body.stream:
             pieces = await unless_gone(request, answers, begun(answers))

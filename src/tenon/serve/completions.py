@@ -27,7 +27,7 @@ def completion_routes(desk: Desk) -> APIRouter:
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """What follows a text, from the base or from an adapter; with `stream` as server-sent events."""
         caller = await desk.caller(request.headers.get("authorization"))
-        target = await desk.find(body.model, caller)
+        target = await desk.find(body.model, caller, user=body.user)
         prompts = await asyncio.to_thread(read_prompts, desk, target.renderer, body.prompt)
         scores = Scores(body.logprobs, prompt=body.echo and body.logprobs is not None)
         ids = [prompt.ids for prompt in prompts]

@@ -12,12 +12,14 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
+from tenon.errors import AdapterError
 from tenon.infer.requests import Request
 from tenon.plan.values import Generation
 from tenon.serve.access import Access, Ticket
 from tenon.serve.api_errors import ApiError
-from tenon.serve.gate import Answers, Gate, Wanted
-from tenon.serve.names import BASE, Listed, Names, Target
+from tenon.serve.gate import Answers, Gate, Render, Wanted
+from tenon.serve.life import Life
+from tenon.serve.names import BASE, Asker, Listed, Names, Target
 from tenon.serve.protocol import ChatRequest, CompletionRequest
 from tenon.serve.records import current
 from tenon.serve.said import Finish, Piece, SaidToken
@@ -32,7 +34,8 @@ Asked = ChatRequest | CompletionRequest
 class Desk:
     """One server as the routes see it. fingerprint: of the base, in every answer. vocabulary: tokens that it knows.
 
-    hidden: numbers of a hidden state. access: who may ask; None where nobody is asked for a key.
+    hidden: numbers of a hidden state. access: who may ask; None where nobody is asked for a key. life: what becomes of
+    aliases.
     """
 
     gate: Gate
@@ -41,6 +44,7 @@ class Desk:
     vocabulary: int
     hidden: int
     access: Access | None = None
+    life: Life | None = None
 
     @property
     def context_tokens(self) -> int:
@@ -59,12 +63,24 @@ class Desk:
             current().tenant, current().key = found.tenant, found.id
         return found
 
-    async def find(self, name: str, caller: Key | None) -> Target:
-        """Who answers. Raises AdapterError; ApiError 403, and 503 once the server is being stopped."""
+    async def find(self, name: str, caller: Key | None, *, user: str | None = None) -> Target:
+        """Who answers. user: whoever the request says it is for.
+
+        Raises AdapterError; ApiError 403, and 503 once the server is being stopped.
+        """
         self.gate.require_open()
         if self.access is not None:
             self.access.require_right(caller, BASE if name == self.names.base else name)
-        return await asyncio.to_thread(self.names.find, name)
+        return await asyncio.to_thread(self._find, name, Asker("" if caller is None else caller.tenant, user))
+
+    def _find(self, name: str, asker: Asker) -> Target:
+        dealt = self.names.deal(name, asker)
+        try:
+            return self.names.find(name, dealt)
+        except AdapterError as error:
+            if dealt is not None and self.life is not None:
+                self.life.failed(dealt, error)
+            raise
 
     def right(self, listed: Listed) -> str:
         """What a key must have a right to, to ask a name."""
@@ -113,8 +129,11 @@ async def ask(
     *,
     most_tokens: int | None,
     scores: Scores,
+    render: Render | None = None,
 ) -> Answers:
-    """Have the answers of one request made, `n` to each prompt. most_tokens None: to the end of the context.
+    """Have the answers of one request made, `n` to each prompt.
+
+    most_tokens: None is to the end of the context. render: see `Wanted`.
 
     Raises ApiError 400, 429, 503; UsageError usage-empty-prompt.
     """
@@ -143,7 +162,8 @@ async def ask(
         )
         for prompt, sample in itertools.product(prompts, range(count))
     ]
-    return await desk.admit(caller, target, requests, Wanted(asked.stops, detailed=scores.top is not None))
+    wanted = Wanted(asked.stops, detailed=scores.top is not None, render=render)
+    return await desk.admit(caller, target, requests, wanted)
 
 
 async def collect(answers: Answers) -> list[Whole]:

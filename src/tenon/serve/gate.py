@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
+from tenon.data.render import Renderer
 from tenon.data.tokenizer import ChatTokenizer
 from tenon.errors import StopRequestedError, TenonError
 from tenon.infer.requests import Completion, Request, Token
@@ -25,17 +26,21 @@ from tenon.serve.said import Finish, Piece, Saying, TokenTexts
 # A request may have thousands of sequences; how the first ones ended is told.
 _MOST_FINISHES = 16
 
+Render = Callable[[Renderer], Sequence[Sequence[int]]]
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """How the sequences of one request are told. detailed: with their tokens.
 
-    at_once: most of them that are made at a time; the others follow one by one. None: all.
+    at_once: most of them that are made at a time; the others follow one by one. None: all. render: the prompts as
+    another adapter is asked them; None where they read alike for all.
     """
 
     stops: tuple[str, ...] = ()
     detailed: bool = False
     at_once: int | None = None
+    render: Render | None = None
 
 
 class Gate:
@@ -45,6 +50,7 @@ class Gate:
         self.engine, self.metrics, self.most = engine, metrics, most
         self.texts = TokenTexts(tokenizer)
         self.draining = False
+        self.on_end: Callable[[Answers], None] | None = None
         self._open: dict[Answers, int] = {}
 
     @property
@@ -104,10 +110,11 @@ class Answers:
         self._at_once = wanted.at_once or len(requests)
         self._jobs: dict[int, Job] = {}
         self._sayings = [Saying(i, gate.texts, wanted.stops, detailed=wanted.detailed) for i in range(len(requests))]
+        self.requests, self.render = tuple(requests), wanted.render
+        self.error: TenonError | None = None
         self.prompt_tokens = sum(len(request.prompt_ids) for request in requests)
         self.completion_tokens = 0
         self._sent_tokens = 0
-        self._failed = False
         self.completions: dict[int, Completion] = {}
         self._record = current_for_answers()
         if self._record.keep_prompts:
@@ -140,11 +147,18 @@ class Answers:
             self._count()
             if self._ticket is not None:
                 self._ticket.end(self._read_tokens + self.completion_tokens)
+            if self._gate.on_end is not None:
+                self._gate.on_end(self)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every sequence came to its end."""
+        return len(self.completions) == len(self.requests)
 
     @property
     def _read_tokens(self) -> int:
         """Tokens of prompts that are counted: none where an error came before the first token of an answer."""
-        return 0 if self._failed and not self.completion_tokens else self._sent_tokens
+        return 0 if self.error is not None and not self.completion_tokens else self._sent_tokens
 
     def abort(self, error: TenonError) -> None:
         """End with an error that whoever reads `pieces` gets."""
@@ -160,7 +174,7 @@ class Answers:
         while self._jobs:
             index, event = await self._queue.get()
             if isinstance(event, Failed):
-                self._failed = True
+                self.error = event.error
                 raise event.error
             if isinstance(event, Ended):
                 self.completions[index] = event.completion

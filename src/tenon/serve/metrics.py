@@ -19,6 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from tenon.serve.jobs import Engines, Load
+from tenon.serve.life_metrics import LifeMetrics
 from tenon.serve.records import OUTCOMES, Record
 
 OTHER = "other"
@@ -94,6 +95,7 @@ class Metrics:
     def __init__(self, engine: Engines) -> None:
         self._collection = own = CollectorRegistry()
         self.add(_Engine(engine))
+        self.life = LifeMetrics(own)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, registry=own)

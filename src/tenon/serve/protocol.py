@@ -114,7 +114,7 @@ class _Asked(ApiModel):
     presence_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     logit_bias: _Biases | None = None
-    # Without effect here.
+    # Of an alias of several versions a user is dealt the same one every time.
     user: Text | None = None
 
     @property

@@ -7,6 +7,7 @@ supervisors send it to a whole group, and some of them twice. This module does n
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 import threading
@@ -28,9 +29,12 @@ from tenon.serve.connections import Bounds, connection_class
 from tenon.serve.desk import Desk
 from tenon.serve.gate import Gate
 from tenon.serve.jobs import Deliver, Engines, Event, Mailbox
+from tenon.serve.life import Life
 from tenon.serve.metrics import Metrics
 from tenon.serve.names import Names
 from tenon.serve.records import Observer
+
+log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.02
 _SEND_BYTES = 1 << 17
@@ -112,12 +116,17 @@ class Server:
         listening: socket.socket,
         options: Options,
         access: Access | None = None,
+        say: Callable[[str], None] = log.warning,
     ) -> None:
-        """access: who may ask; None where nobody is asked for a key."""
+        """access: who may ask; None where nobody is asked for a key. say: told in a sentence what became of an alias.
+        Any thread may call it.
+        """
         outlet = _Outlet()
         self.engine = make_engines(outlet)
         self.gate = Gate(self.engine, tokenizer, Metrics(self.engine), most=self.engine.limits.rows + options.queue)
-        desk = Desk(self.gate, names, options.fingerprint, options.vocabulary, options.hidden, access)
+        self.life = Life(self.gate, names, say)
+        self.gate.on_end = self.life.ended
+        desk = Desk(self.gate, names, options.fingerprint, options.vocabulary, options.hidden, access, self.life)
         face = Face(
             version=options.version,
             most_body_bytes=options.most_body_bytes,
