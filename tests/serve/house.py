@@ -17,6 +17,7 @@ import torch
 from tenon.adapters.bank import AdapterBank
 from tenon.adapters.peft_files import load_adapter, read_adapter, write_adapter
 from tenon.batch import NO_SLOT
+from tenon.data.grammars import Grammars
 from tenon.data.render import Renderer
 from tenon.infer.generate import generate
 from tenon.infer.requests import Completion, Request
@@ -169,9 +170,9 @@ def serving(house: House, **changes: Any) -> Iterator[Running]:
         options = Options(fingerprint="fp", vocabulary=facts.vocab, hidden=facts.hidden, version="0", **fields)
         tokenizer = house.renderer.tokenizer
 
-        def make_engine(deliver: Deliver) -> EngineLoop:
+        def make_engine(deliver: Deliver, grammars: Grammars) -> EngineLoop:
             read = AdapterReader(house.registry)
-            return EngineLoop(house.decoder, bank, limits=limits, read=read, deliver=deliver)
+            return EngineLoop(house.decoder, bank, limits=limits, read=read, deliver=deliver, guides=grammars)
 
         server = Server(make_engine, tokenizer, names, listening=listening, options=options, access=access, say=say)
         server.start()

@@ -75,7 +75,7 @@ def test_bad_fields_are_named(running: Running, route: str, change: dict[str, An
         {"messages": [{"role": "user", "content": "\ud800"}]},
         {"messages": "hello"},
         {"tools": [{"type": "function", "function": {"name": "x"}}]},
-        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json"}},
         {"top_logprobs": 2},
     ],
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +22,12 @@ from torch import Tensor
 from tenon.batch import IGNORE, AttentionLayout, Batch, Segment
 from tenon.data.pack import list_routes, slot_routes, upload
 from tenon.infer.decode_graphs import DecodeGraphs
+from tenon.infer.guides import Guides
 from tenon.infer.logits import Scored, not_finite, score_positions
 from tenon.infer.pooling import Pools
 from tenon.infer.requests import Completion, OnFailure, OnFinish, OnToken, Request, Token
 from tenon.infer.rows import EngineStats, Row, Taken
+from tenon.infer.sampling import Draw
 from tenon.models.blocks import BlockKey, block_keys
 from tenon.models.cache import KvCache
 from tenon.models.decoder import Bank, Decoder
@@ -45,15 +48,17 @@ class Engine:
         on_failure: OnFailure | None = None,
         keep_prefixes: bool = False,
         graphs: DecodeGraphs | None = None,
+        guides: Guides[Any] | None = None,
     ) -> None:
         """pass_tokens: most tokens of one pass; what decodes always goes. on_failure: told of scores that are not
-        finite; without it `step` raises. keep_prefixes: remember full blocks for prompts that begin alike (see
-        `Request.adapter_key`). graphs: what replays passes of one token a row, over the same three.
+        finite, and of grammars that cost too much; without it `step` raises. keep_prefixes: remember full blocks for
+        prompts that begin alike (see `Request.adapter_key`). graphs: what replays passes of one token a row, over the
+        same three. guides: for requests with a grammar.
         """
         self._decoder, self._bank, self._cache = decoder, bank, cache
         self._pass_tokens, self._on_token, self._on_finish = pass_tokens, on_token, on_finish
         self._on_failure = on_failure
-        self._keep_prefixes, self._graphs = keep_prefixes, graphs
+        self._keep_prefixes, self._graphs, self._guides = keep_prefixes, graphs, guides
         self._waiting: deque[Row] = deque()
         self._rows: list[Row] = []  # in the order of arrival
         self._prefix_hit_tokens, self._preemptions = 0, 0
@@ -90,14 +95,21 @@ class Engine:
         )
 
     def submit(self, index: int, request: Request) -> None:
-        """Let a request wait for a place; `completions[index]` is its answer when it has finished."""
+        """Let a request wait for a place; `completions[index]` is its answer when it has finished.
+
+        Raises UsageError usage-grammar; with a grammar that `Guides` has compiled before, that is over at once.
+        """
         limit = self._limit(request)
         if len(request.prompt_ids) >= limit:
             self._finish(index, Completion((), (), "context"))
             return
         # The last token of an answer is never fed: nothing follows it.
         sequence = [*request.prompt_ids, *request.draft_ids][: limit - 1]
-        self._waiting.append(Row(index, request, sequence, limit))
+        guide = None
+        if request.grammar is not None:
+            assert self._guides is not None, "who takes requests with a grammar gives the engine guides"
+            guide = self._guides.start(request.grammar, request.stop_ids)
+        self._waiting.append(Row(index, request, sequence, limit, guide=guide))
 
     @torch.inference_mode()
     def cancel(self, index: int) -> None:
@@ -178,7 +190,9 @@ class Engine:
             if row.error is None:
                 self._remember(row)
                 self._finish(row.index, row.completion(row.finish))
-            elif self._on_failure is not None:
+            elif self._on_failure is None:
+                raise row.error
+            else:
                 self._on_failure(row.index, row.error)
             self._cache.clear(row.place)
             self._rows.remove(row)
@@ -246,7 +260,8 @@ class Engine:
         if wanted != list(range(len(hidden_TD))):
             (wanted_S,) = upload([np.array(wanted, dtype=np.int64)], hidden_TD.device)
             hidden_SD = hidden_TD[wanted_S]
-        scored = score_positions(self._decoder, hidden_SD, draws, labels)
+        masks = self._masks(draws)  # while a GPU is still at work on the pass
+        scored = score_positions(self._decoder, hidden_SD, draws, labels, masks=masks)
         if self._on_failure is None and False in scored.finite:
             raise not_finite(draws[scored.finite.index(False)].request.slot)
         at = 0
@@ -258,11 +273,21 @@ class Engine:
                 self._take_vector(row)
             at += count
 
+    def _masks(self, draws: list[Draw]) -> dict[int, np.ndarray]:
+        """What grammars allow at the positions that have one, all in one call."""
+        guided = {s: draw.guide for s, draw in enumerate(draws) if draw.guide is not None}
+        if not guided or self._guides is None:
+            return {}
+        return dict(zip(guided, self._guides.masks(list(guided.values())), strict=True))
+
     def _take_tokens(self, row: Row, scored: Scored, positions: range) -> None:
         """Let a row take what its scored positions say: log probabilities of the draft, tokens of the answer."""
         draft = row.request.draft_ids
         if not all(scored.finite[s] for s in positions):
-            row.error, row.finish, row.feed = not_finite(row.request.slot), "cancelled", []
+            row.fail(not_finite(row.request.slot))
+            return
+        if row.guide is not None and row.guide.error is not None:
+            row.fail(row.guide.error)
             return
         for s in positions:
             if row.reads_prompt:
@@ -302,8 +327,13 @@ class Engine:
             row.finish = "stop"
             return
         row.take(token)
+        if row.guide is not None and row.guide.error is not None:
+            row.fail(row.guide.error)
+            return
         if self._on_token is not None and self._on_token(row.index, token) is False:
             row.finish, row.feed = "cancelled", []
+        elif row.guide is not None and row.guide.complete:
+            row.finish = "stop"
         elif len(row.ids) >= row.request.max_new_tokens:
             row.finish = "length"
         elif len(row.request.prompt_ids) + len(row.ids) >= row.limit_tokens:

@@ -6,11 +6,13 @@ This module knows no text and no HTTP.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from tenon.bases.facts import ModelFacts
 from tenon.infer.engine import Engine
+from tenon.infer.guides import Guides
 from tenon.infer.requests import Completion, OnFinish, OnToken, Request
 from tenon.models.cache import BLOCK_TOKENS, KvCache, token_bytes
 from tenon.models.decoder import Bank, Decoder
@@ -29,6 +31,7 @@ def generate(
     pass_tokens: int = 1024,
     cache_bytes: int = 1 << 30,
     share_prefix: bool = True,
+    guides: Guides[Any] | None = None,
     on_token: OnToken | None = None,
     on_finish: OnFinish | None = None,
 ) -> list[Completion]:
@@ -36,15 +39,18 @@ def generate(
 
     max_rows: most rows at a time; fewer while the cache (cache_bytes, at least one row) does not hold so many.
     pass_tokens: most tokens of one pass. share_prefix: compute the beginning that a slot's prompts share once.
-    on_token, on_finish: see there.
+    guides: for requests with a grammar. on_token, on_finish: see there.
     A request's answer does not depend on any of these, nor on the other requests, but for the rounding of sums.
 
-    Raises AdapterError adapter-not-finite, BaseModelError base-not-finite; KeyError for a slot that is not in the bank.
+    Raises UsageError usage-grammar, AdapterError adapter-not-finite, BaseModelError base-not-finite; KeyError for a
+    slot that is not in the bank.
     """
     if not requests:
         return []
     cache = _make_cache(decoder, requests, max_rows=max_rows, cache_bytes=cache_bytes)
-    engine = Engine(decoder, bank, cache=cache, pass_tokens=pass_tokens, on_token=on_token, on_finish=on_finish)
+    engine = Engine(
+        decoder, bank, cache=cache, pass_tokens=pass_tokens, on_token=on_token, on_finish=on_finish, guides=guides
+    )
     if share_prefix:
         engine.share_prefixes(shared_prefixes(requests, cache.capacity_tokens))
     for index, request in enumerate(requests):

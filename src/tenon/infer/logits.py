@@ -6,7 +6,7 @@ Shape legend: S scored positions, D hidden, V vocabulary. This module knows no c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from tenon.batch import IGNORE, NO_SLOT
 from tenon.data.pack import upload
 from tenon.errors import AdapterError, BaseModelError, TenonError
+from tenon.infer.guides import masked
 from tenon.infer.penalties import penalised
 from tenon.infer.sampling import Draw, sample, sample_rest
 from tenon.models.decoder import Decoder
@@ -37,8 +38,16 @@ class Scored:
     finite: list[bool] = field(default_factory=list)
 
 
-def score_positions(decoder: Decoder, hidden_SD: Tensor, draws: Sequence[Draw], labels: Sequence[int]) -> Scored:
-    """draws: whose rules apply to each position. labels: the token that is known to follow there, or IGNORE.
+def score_positions(
+    decoder: Decoder,
+    hidden_SD: Tensor,
+    draws: Sequence[Draw],
+    labels: Sequence[int],
+    *,
+    masks: Mapping[int, np.ndarray],
+) -> Scored:
+    """draws: whose rules apply to each position. labels: the token that is known to follow there, or IGNORE. masks: the
+    tokens that a grammar allows, by the position's number.
 
     Whatever a request does to the choice, log probabilities are the model's own. What is found comes back from the
     device in one piece, and again only for draws that the likeliest tokens do not settle.
@@ -47,14 +56,20 @@ def score_positions(decoder: Decoder, hidden_SD: Tensor, draws: Sequence[Draw], 
     scored = Scored()
     for start in range(0, len(draws), rows):
         part = slice(start, start + rows)
-        _score_part(decoder.logits(hidden_SD[part]).float(), draws[part], labels[part], scored)
+        logits_SV = decoder.logits(hidden_SD[part]).float()
+        asked = [(draw.request, draw.seen) if draw.drawn else None for draw in draws[part]]
+        steered_SV = penalised(logits_SV, asked)
+        guided = [s for s in range(len(asked)) if start + s in masks]
+        if guided:
+            steered_SV = masked(steered_SV, guided, np.stack([masks[start + s] for s in guided]))
+        _score_part(logits_SV, steered_SV, draws[part], labels[part], scored)
     return scored
 
 
-def _score_part(logits_SV: Tensor, draws: Sequence[Draw], labels: Sequence[int], scored: Scored) -> None:
-    """Add what the scores of some positions say."""
-    asked = [(draw.request, draw.seen) if draw.drawn else None for draw in draws]
-    steered_SV = penalised(logits_SV, asked)
+def _score_part(
+    logits_SV: Tensor, steered_SV: Tensor, draws: Sequence[Draw], labels: Sequence[int], scored: Scored
+) -> None:
+    """Add what the scores of some positions say. steered: what is chosen from."""
     chosen = sample(steered_SV, draws)
     mass_S1 = logits_SV.logsumexp(dim=-1, keepdim=True)
     columns = [chosen.ids_S[:, None], chosen.settled_S[:, None], _logprobs(logits_SV, chosen.ids_S, mass_S1)]

@@ -33,6 +33,7 @@ class Request:
     seed: with the token's position it decides every draw; the company in the batch does not.
     draft_ids: a guess of the answer (the expected one, in evaluation). It changes nothing in the answer, is checked
     in one pass together with the prompt, and its log probabilities are reported.
+    grammar: what the answer is held to, as `Guides` reads it; it ends where the grammar does. Not with a draft.
     top_logprobs: report so many of the likeliest tokens at each position. prompt_logprobs: report the prompt's tokens
     too.
     pooling: make no answer, but one vector of the prompt: its last token's hidden state, or the mean of all.
@@ -52,6 +53,7 @@ class Request:
     logit_bias: Sequence[tuple[int, float]] = ()
     seed: int = 0
     draft_ids: Sequence[int] = ()
+    grammar: str | None = None
     top_logprobs: int = 0
     prompt_logprobs: bool = False
     adapter_key: Hashable | None = None
@@ -76,6 +78,7 @@ class Request:
             ("frequency_penalty", self.frequency_penalty, isfinite(self.frequency_penalty), "any finite number"),
             ("repetition_penalty", self.repetition_penalty, 0.0 < self.repetition_penalty < inf, "above 0 (1 is none)"),
             ("logit_bias", len(self.logit_bias), self._good_bias, "finite numbers, each token once"),
+            ("grammar", "a draft too", self.grammar is None or not self.draft_ids, "not for answers with a draft"),
             ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 0, "0 (only read the prompt) or more"),
             ("top_logprobs", self.top_logprobs, self.top_logprobs >= 0, "0 (none) or more"),
         )

@@ -9,6 +9,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from tenon.errors import TenonError
+from tenon.infer.guides import Guide
 from tenon.infer.penalties import Seen, seen_by
 from tenon.infer.requests import Completion, FinishReason, Request, Token
 from tenon.infer.sampling import Draw
@@ -22,7 +23,8 @@ class Row:
     drafting: whether what is fed is still the prompt and its draft.
     open: whether the next scored token may join the answer. It closes where the draft parts from the answer: what
     follows there is scored for the draft alone, and the cache is then cut back to the answer.
-    error: why it cannot go on. seen: what the request's penalties count; it stays when the row gives its memory back.
+    error: why it cannot go on. seen, guide: what the request's penalties count, and how far its grammar has come; both
+    stay when the row gives its memory back.
     embedding: the prompt as a vector, when all of it has been read.
     """
 
@@ -41,6 +43,7 @@ class Row:
     draft_logprobs: list[float] = field(default_factory=list)
     prompt: list[Token] = field(default_factory=list)
     error: TenonError | None = None
+    guide: Guide | None = None
     seen: Seen | None = None
     embedding: tuple[float, ...] = ()
 
@@ -54,7 +57,7 @@ class Row:
         after = position - len(request.prompt_ids)
         if seen is not None and after > len(self.ids):  # only a draft is fed ahead of the answer
             seen = seen_by(request, request.draft_ids[:after])
-        return Draw(request, position, drawn=after >= 0, seen=seen)
+        return Draw(request, position, drawn=after >= 0, seen=seen, guide=self.guide if after >= 0 else None)
 
     def take(self, token: Token) -> None:
         """The answer has one more token."""
@@ -62,6 +65,12 @@ class Row:
         self.logprobs.append(token.logprob)
         if self.seen is not None:
             self.seen.add(token.id)
+        if self.guide is not None:
+            self.guide.push(token.id)
+
+    def fail(self, error: TenonError) -> None:
+        """It cannot go on."""
+        self.error, self.finish, self.feed = error, "cancelled", []
 
     @property
     def owner(self) -> Hashable:

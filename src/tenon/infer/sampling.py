@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tenon.data.pack import upload
+from tenon.infer.guides import Guide
 from tenon.infer.penalties import Seen
 from tenon.infer.requests import Request
 
@@ -34,13 +35,14 @@ class Draw:
     """Whose rules apply to one scored position, and its place in the sequence (the prompt's first token is 0).
 
     drawn: False where the token is known already and only scored: nothing is drawn then. seen: what the request's
-    penalties count there.
+    penalties count there. guide: how far its grammar has come.
     """
 
     request: Request
     position: int
     drawn: bool = True
     seen: Seen | None = None
+    guide: Guide | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,8 @@ def _draw(logits_RV: Tensor, rules: _Rules, candidates: int) -> tuple[Tensor, Te
     least_R1 = rules.temperature_R1.clamp(min=_LEAST_TEMPERATURE).float()
     all_R1 = (logits_RV - logits_RC[:, :1]).div_(least_R1).exp_().sum(dim=1, keepdim=True, dtype=torch.float64)
     some_R1 = (weights_RC * inside_RC).sum(dim=1, keepdim=True)
-    limited_R1 = top_k_R1 <= certain_R1  # what top-k leaves is among the candidates
+    # What top-k leaves is among the candidates, or all that a grammar does: the last of them is impossible.
+    limited_R1 = (top_k_R1 <= certain_R1) | (logits_RC[:, -1:] == float("-inf"))
     probabilities_RC = weights_RC / torch.where(limited_R1, some_R1, all_R1)
     before_RC = probabilities_RC.cumsum(dim=1) - probabilities_RC
     kept_RC = inside_RC & (before_RC < rules.top_p_R1) & (probabilities_RC >= rules.min_p_R1 * probabilities_RC[:, :1])

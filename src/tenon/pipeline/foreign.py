@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from tenon.data.grammars import Grammars
 from tenon.data.render import Renderer
 from tenon.data.template import read_template
 from tenon.data.tokenizer import load_tokenizer
@@ -92,7 +93,7 @@ def foreign_engines(
     def tell(text: str) -> None:
         emit("warning", code="run-engine-died", text=text)
 
-    def make_engines(deliver: Deliver) -> VllmEngines:
+    def make_engines(deliver: Deliver, _grammars: Grammars) -> VllmEngines:
         return VllmEngines(start, process, limits=limits, adapters=adapters, deliver=deliver, tell=tell)
 
     return renderer, make_engines

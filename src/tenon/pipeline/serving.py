@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import closing
 from importlib import metadata
 
+from tenon.data.grammars import Grammars
 from tenon.data.render import Renderer
 from tenon.errors import PlanError
 from tenon.infer.generate import place_bytes
@@ -89,8 +90,8 @@ def _own_engines(request: ServeRequest, emit: Emit, settings: Settings) -> tuple
     limits = cache_limits(request, bench.decoder)
     read = AdapterReader(Registry(settings.registry))
 
-    def make_engines(deliver: Deliver) -> EngineLoop:
-        return EngineLoop(bench.decoder, bench.bank, limits=limits, read=read, deliver=deliver)
+    def make_engines(deliver: Deliver, grammars: Grammars) -> EngineLoop:
+        return EngineLoop(bench.decoder, bench.bank, limits=limits, read=read, deliver=deliver, guides=grammars)
 
     return renderer, make_engines
 

@@ -27,8 +27,10 @@ _STATUS_OF_CODE = {
     "adapter-other-base": 400,
     "adapter-template": 400,
     "adapter-stop-token": 422,
+    "base-tokenizer-kind": 400,
     "usage-empty-prompt": 400,
     "usage-engine": 400,
+    "usage-grammar": 400,
     "usage-sampling": 400,
 }
 

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tenon.data.render import Renderer
+from tenon.data.schemas import schema_grammar
 from tenon.serve.desk import Desk, Scores, Whole, ask, begun, collect, new_id, now
 from tenon.serve.gate import Answers
 from tenon.serve.protocol import ChatRequest
@@ -44,9 +45,18 @@ def chat_routes(desk: Desk) -> APIRouter:
             return [renderer.prompt(messages, source="messages")]
 
         prompts = await asyncio.to_thread(render, target.renderer)
+        grammar = await _grammar(desk, body)
         scores = Scores(body.top_logprobs or 0 if body.logprobs else None)
         answers = await ask(
-            desk, caller, target, prompts, body, most_tokens=body.most_tokens, scores=scores, render=render
+            desk,
+            caller,
+            target,
+            prompts,
+            body,
+            most_tokens=body.most_tokens,
+            scores=scores,
+            render=render,
+            grammar=grammar,
         )
         reply = _Reply(new_id("chatcmpl"), now(), answers, body, desk.fingerprint)
         if body.stream:
@@ -56,6 +66,12 @@ def chat_routes(desk: Desk) -> APIRouter:
         return Response(whole.model_dump_json(), media_type="application/json")
 
     return router
+
+
+async def _grammar(desk: Desk, body: ChatRequest) -> str | None:
+    """What the answer is held to. Raises ApiError 400."""
+    schema = body.schema_asked
+    return None if schema is None else await desk.forms.grammar(partial(schema_grammar, schema), "response_format")
 
 
 @dataclass(frozen=True, slots=True)

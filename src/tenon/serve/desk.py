@@ -17,6 +17,7 @@ from tenon.infer.requests import Request
 from tenon.plan.values import Generation
 from tenon.serve.access import Access, Ticket
 from tenon.serve.api_errors import ApiError
+from tenon.serve.forms import Forms
 from tenon.serve.gate import Answers, Gate, Render, Wanted
 from tenon.serve.life import Life
 from tenon.serve.names import BASE, Asker, Listed, Names, Target
@@ -34,8 +35,8 @@ Asked = ChatRequest | CompletionRequest
 class Desk:
     """One server as the routes see it. fingerprint: of the base, in every answer. vocabulary: tokens that it knows.
 
-    hidden: numbers of a hidden state. access: who may ask; None where nobody is asked for a key. life: what becomes of
-    aliases.
+    hidden: numbers of a hidden state. forms: compiles what answers are held to. access: who may ask; None where nobody
+    is asked for a key. life: what becomes of aliases.
     """
 
     gate: Gate
@@ -43,6 +44,7 @@ class Desk:
     fingerprint: str
     vocabulary: int
     hidden: int
+    forms: Forms
     access: Access | None = None
     life: Life | None = None
 
@@ -130,10 +132,12 @@ async def ask(
     most_tokens: int | None,
     scores: Scores,
     render: Render | None = None,
+    grammar: str | None = None,
 ) -> Answers:
     """Have the answers of one request made, `n` to each prompt.
 
-    most_tokens: None is to the end of the context. render: see `Wanted`.
+    most_tokens: None is to the end of the context. render: see `Wanted`. grammar: what they are held to; `Forms` has
+    compiled it.
 
     Raises ApiError 400, 429, 503; UsageError usage-empty-prompt.
     """
@@ -155,6 +159,7 @@ async def ask(
             repetition_penalty=1.0 if asked.repetition_penalty is None else asked.repetition_penalty,
             logit_bias=asked.biases,
             seed=seed + sample,
+            grammar=grammar,
             top_logprobs=scores.top or 0,
             prompt_logprobs=scores.prompt,
             # How fast a prompt is read would tell one tenant what another one asked.

@@ -11,14 +11,16 @@ from __future__ import annotations
 import itertools
 import queue
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from tenon.adapters.bank import AdapterBank
 from tenon.errors import AdapterError, StopRequestedError, TenonError
 from tenon.infer.engine import Engine
+from tenon.infer.guides import Guides
 from tenon.infer.requests import Completion, Token
 from tenon.models.cache import KvCache
 from tenon.models.decoder import Decoder
+from tenon.serve.compiling import Compiling
 from tenon.serve.jobs import Deliver, Ended, Event, Failed, Job, Limits, Load, Mailbox
 from tenon.serve.residency import ReadFiles, Residency
 
@@ -32,8 +34,16 @@ class EngineLoop:
     """An `Engines` of one engine, in this process."""
 
     def __init__(
-        self, decoder: Decoder, bank: AdapterBank, *, limits: Limits, read: ReadFiles, deliver: Deliver
+        self,
+        decoder: Decoder,
+        bank: AdapterBank,
+        *,
+        limits: Limits,
+        read: ReadFiles,
+        deliver: Deliver,
+        guides: Guides[Any] | None = None,
     ) -> None:
+        """guides: for requests with a grammar; None where there are none."""
         self.limits = limits
         cache = KvCache(
             decoder.facts,
@@ -52,9 +62,11 @@ class EngineLoop:
             on_finish=self._on_finish,
             on_failure=self._on_failure,
             keep_prefixes=True,
+            guides=guides,
         )
         self._inbox: queue.SimpleQueue[Job | _Cancel | Literal["wake", "stop"]] = queue.SimpleQueue()
         self._residency = Residency(bank, slots=limits.slots, read=read, on_read=lambda: self._inbox.put("wake"))
+        self._compiling = Compiling(guides, on_done=lambda: self._inbox.put("wake"))
         self._deliver = deliver
         self._parked: list[Job] = []
         self._running: dict[int, Job] = {}
@@ -97,6 +109,7 @@ class EngineLoop:
             self._fail_all()
             self._hand_over()
             self._residency.close()
+            self._compiling.close()
 
     # ---- what comes in ------------------------------------------------------------------------------------------
 
@@ -127,6 +140,14 @@ class EngineLoop:
         still: list[Job] = []
         refused: dict[str, AdapterError] = {}
         for job in self._parked:
+            try:
+                ready = self._compiling.ready(job.request.grammar)
+            except TenonError as error:
+                self._letters.append((job.mailbox, Failed(error)))
+                continue
+            if not ready:
+                still.append(job)
+                continue
             slot = job.request.slot if job.adapter is None else None
             if job.adapter is not None and job.adapter.key not in refused:
                 try:
@@ -144,6 +165,7 @@ class EngineLoop:
                 owner = None if job.adapter is None else job.adapter.key
                 self._engine.submit(number, replace(job.request, slot=slot, adapter_key=owner))
         self._parked = still
+        self._compiling.forget_others({job.request.grammar for job in still})
         self._residency.forget_others({job.adapter.key for job in still if job.adapter is not None})
 
     # ---- what goes out ------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ MOST_SEQUENCES = 128
 MOST_TOP_LOGPROBS = 20
 MOST_FIELDS = 1024
 _SEEDS = 2**63
+# What response_format: json_object stands for.
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
 def _whole(text: str) -> str:
@@ -32,6 +34,7 @@ Text = Annotated[str, AfterValidator(_whole)]
 StopText = Annotated[Text, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0)]
 TokenIdText = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$")]
+FunctionName = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 _T = TypeVar("_T")
@@ -139,6 +142,37 @@ class _Asked(ApiModel):
         return self
 
 
+class TextFormat(ApiModel):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(ApiModel):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(ApiModel):
+    """A JSON schema. It is kept whether `strict` is set or not."""
+
+    name: FunctionName
+    description: Text | None = None
+    json_schema: ByName[Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(ApiModel):
+    """The JSON that a schema allows."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
 class ChatRequest(_Asked):
     """POST /v1/chat/completions."""
 
@@ -153,8 +187,8 @@ class ChatRequest(_Asked):
     service_tier: Text | None = None
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None
+    response_format: ResponseFormat | None = None
     # Refused unless they say what happens anyway.
-    response_format: dict[str, Any] | None = None
     tools: Each[dict[str, Any]] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
@@ -164,10 +198,17 @@ class ChatRequest(_Asked):
         """The longest answer; None: to the end of the context."""
         return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
 
+    @property
+    def schema_asked(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer is held to; None: any text."""
+        if isinstance(self.response_format, JsonSchemaFormat):
+            return self.response_format.json_schema.json_schema or {}
+        return ANY_OBJECT if isinstance(self.response_format, JsonObjectFormat) else None
+
     @model_validator(mode="after")
     def _refuse_tools_and_formats(self) -> ChatRequest:
-        if self.response_format not in (None, {"type": "text"}):
-            raise not_yet("response_format")
+        if self.schema_asked is not None and self.ignore_eos:
+            raise PydanticCustomError("ignore_eos", "ignore_eos has no meaning where response_format ends the answer")
         if self.tools:
             raise not_yet("tools")
         if self.tool_choice not in (None, "none", "auto"):

@@ -21,12 +21,14 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from tenon.data.grammars import Grammars
 from tenon.data.tokenizer import ChatTokenizer
 from tenon.errors import UsageError
 from tenon.serve.access import Access
 from tenon.serve.app import Face, make_app
 from tenon.serve.connections import Bounds, connection_class
 from tenon.serve.desk import Desk
+from tenon.serve.forms import Forms
 from tenon.serve.gate import Gate
 from tenon.serve.jobs import Deliver, Engines, Event, Mailbox
 from tenon.serve.life import Life
@@ -41,7 +43,7 @@ _SEND_BYTES = 1 << 17
 # Connections that are still being written to when everything has ended get so long.
 _LAST_WRITES_SECONDS = 5
 
-MakeEngines = Callable[[Deliver], Engines]
+MakeEngines = Callable[[Deliver, Grammars], Engines]
 """Whoever makes the sequences, given where the events go."""
 
 
@@ -122,11 +124,13 @@ class Server:
         Any thread may call it.
         """
         outlet = _Outlet()
-        self.engine = make_engines(outlet)
+        grammars = Grammars(tokenizer, vocabulary=options.vocabulary)
+        self.engine = make_engines(outlet, grammars)
         self.gate = Gate(self.engine, tokenizer, Metrics(self.engine), most=self.engine.limits.rows + options.queue)
         self.life = Life(self.gate, names, say)
         self.gate.on_end = self.life.ended
-        desk = Desk(self.gate, names, options.fingerprint, options.vocabulary, options.hidden, access, self.life)
+        forms = Forms(grammars)
+        desk = Desk(self.gate, names, options.fingerprint, options.vocabulary, options.hidden, forms, access, self.life)
         face = Face(
             version=options.version,
             most_body_bytes=options.most_body_bytes,
