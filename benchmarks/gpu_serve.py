@@ -167,6 +167,7 @@ def compare(found: dict[str, Found], floor_ms: float) -> list[Row]:
     return rows
 
 
+@torch.inference_mode()
 def main(words: Sequence[str] | None = None) -> int:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -174,14 +175,14 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="list the longest kernels of each decoding work")
     parser.add_argument("--eager", action="store_true", help="without recorded passes")
+    parser.add_argument("--shelf", type=int, default=SLOTS * RANK, help="ranks whose A lie below the weights")
     parser.add_argument("--base", default="bf16", choices=["bf16", "fp8", "int8", "nf4"])
     parser.add_argument("--results", type=Path, default=RESULTS / "serve_gpu.json")
     parser.add_argument("--log", type=Path, default=None)
     a = parser.parse_args(words)
     device = torch.device("cuda")
-    with torch.inference_mode():
-        decoder = random_decoder(facts_of(SHAPES["8b"]), a.base, device)
-        bank = fill_bank(decoder)
+    decoder = random_decoder(facts_of(SHAPES["8b"]), a.base, device, shelf_rank=a.shelf)
+    bank = fill_bank(decoder)
     cache = KvCache(
         decoder.facts, places=64, tokens=1024, dtype=decoder.dtype, device=device, budget_bytes=10 * 1024**3
     )

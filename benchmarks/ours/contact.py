@@ -73,10 +73,17 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def random_decoder(
-    facts: ModelFacts, base: BaseFormat, device: torch.device, *, ride_rank: int = 0, sharing: Sharing | None = None
+    facts: ModelFacts,
+    base: BaseFormat,
+    device: torch.device,
+    *,
+    ride_rank: int = 0,
+    shelf_rank: int = 0,
+    sharing: Sharing | None = None,
 ) -> Decoder:
-    """Random weights, made where they stay. ride_rank, sharing: see `Decoder`."""
-    decoder = empty_decoder(facts, base, compute_dtype(device), device, ride_rank=ride_rank, sharing=sharing)
+    """Random weights, made where they stay. ride_rank, shelf_rank, sharing: see `Decoder`."""
+    dtype = compute_dtype(device)
+    decoder = empty_decoder(facts, base, dtype, device, ride_rank=ride_rank, shelf_rank=shelf_rank, sharing=sharing)
     torch.manual_seed(0)
     for name, place in decoder.places().items():
         fresh = torch.empty(place.shape, dtype=decoder.dtype, device=device)
@@ -100,6 +107,7 @@ def empty_decoder(
     device: torch.device,
     *,
     ride_rank: int = 0,
+    shelf_rank: int = 0,
     sharing: Sharing | None = None,
 ) -> Decoder:
     """A decoder to be filled, its linear weights in the base's format."""
@@ -111,6 +119,7 @@ def empty_decoder(
         kind=kind,
         compute_fp8=compute_fp8,
         ride_rank=ride_rank,
+        shelf_rank=shelf_rank,
         sharing=sharing,
     )
 

@@ -24,10 +24,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tenon.adapters.site_tables import SiteTables
 from tenon.bases.facts import STACKS, ModelFacts, parse_site, site_name
 from tenon.batch import Batch
 from tenon.errors import AdapterError
-from tenon.kernels.low_rank import RANK_STEP, LoraGroup, LoraMember, LoraPart, LowRank, Routes, site_table
+from tenon.kernels.low_rank import RANK_STEP, LoraGroup, LoraMember, LoraPart, LowRank, Routes
 from tenon.models.decoder import Rider
 
 Initialisation = Literal["kaiming", "gaussian", "orthogonal"]
@@ -95,6 +96,11 @@ class Slot:
     def lowest_layer(self) -> int:
         """The first layer that is adapted."""
         return min(layer for layer, _ in self.groups)
+
+    @property
+    def most_rank(self) -> int:
+        """The widest stored rank of one module."""
+        return max(place.stored for place in self._places.values())
 
     def matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
         """For each site its fp32 A (R, D) and B (O, R), views of the flat parameters. Rows of B may lie apart."""
@@ -207,12 +213,9 @@ class AdapterBank:
         """dtype: what the decoder computes in; parameters stay fp32 whatever it is."""
         self.facts, self.dtype, self.device = facts, dtype, device
         self.slots: dict[int, Slot] = {}
-        self._tables: dict[tuple[int, str], Tensor] = {}
-        self._whole_table: Tensor | None = None
+        self.tables = SiteTables(facts, device)
         self._least_slots = 0
         self._stale = True
-        # Counts how often the tables moved to another place in memory.
-        self.table_moves = 0
         self._bounds = {stack: _stack_bounds(facts, modules) for stack, modules in STACKS.items()}
 
     def add(self, name: str, shape: SlotShape, *, trained: bool) -> int:
@@ -239,10 +242,9 @@ class AdapterBank:
         return self._bounds[stack]
 
     @property
-    def most_rank(self) -> int:
-        """The widest stored rank of one module in any slot."""
-        ranks = (m.b_OR.shape[1] for slot in self.slots.values() for g in slot.groups.values() for m in g.members)
-        return max(ranks, default=0)
+    def table_slots(self) -> int:
+        """How many slots the tables have room for."""
+        return max([self._least_slots, *(number + 1 for number in self.slots)])
 
     def lowest_layer(self, batch: Batch) -> int:
         """See `models.decoder.Bank.lowest_layer`."""
@@ -274,28 +276,17 @@ class AdapterBank:
         rank = max(m.rank_stop - m.rank_start for part in parts for m in part.group.members)
         # Rows of whole 32 bytes, which the kernels read fastest.
         width = -(-width // 16) * 16
-        table_SF = None if routes is None else self.table(layer, stack)
+        if routes is not None:
+            self.fill_tables()
+        table_SF = None if routes is None else self.tables.at(layer, stack)
         return LowRank(tuple(parts), self._bounds[stack], width, rank, routes, table_SF)
 
-    def table(self, layer: int, stack: str) -> Tensor:
-        """The facts of all slots at one stacked weight, as kernels read them: see `kernels.low_rank.site_table`."""
-        self.fill_tables()
-        return self._tables[layer, stack]
-
-    def fill_tables(self) -> None:
-        """Bring the tables up to date, all in one copy; in place where they have room for the slots."""
-        if not self._stale:
-            return
-        count = max([self._least_slots, *(number + 1 for number in self.slots)])
-        places = [(i, name) for i in range(self.facts.layers) for name in STACKS]
-        groups = [self.slots[n].groups.get(p) if n in self.slots else None for p in places for n in range(count)]
-        fresh = site_table(groups, self.device).view(len(places), count, -1)
-        if self._whole_table is not None and self._whole_table.shape == fresh.shape:
-            self._whole_table.copy_(fresh)
-        else:
-            self._whole_table, self.table_moves = fresh, self.table_moves + 1
-            self._tables = dict(zip(places, fresh.unbind(), strict=True))
-        self._stale = False
+    def fill_tables(self) -> bool:
+        """Bring the tables up to date; whether they were not."""
+        stale, self._stale = self._stale, False
+        if stale:
+            self.tables.fill(self.slots, self.table_slots)
+        return stale
 
 
 def _stack_bounds(facts: ModelFacts, modules: tuple[str, ...]) -> tuple[int, ...]:

@@ -12,19 +12,18 @@ This module knows no requests and no sampling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tenon.adapters.bank import AdapterBank
-from tenon.adapters.table_bank import TableBank
+from tenon.adapters.table_bank import BARE, BankTables, TableKind
 from tenon.bases.facts import STACKS
 from tenon.batch import IGNORE, NO_SLOT, AttentionLayout, Batch, SlotRoutes
 from tenon.infer.rows import Taken
-from tenon.kernels.low_rank_classes import class_size
 from tenon.kernels.low_rank_few_triton import FewTokens
 from tenon.kernels.paged_attention import Pages
 from tenon.models.cache import KvCache
@@ -47,9 +46,10 @@ class DecodeGraphs:
     """The graphs over one decoder, bank and cache. Only where `can_record`."""
 
     def __init__(self, decoder: Decoder, bank: AdapterBank | None, cache: KvCache) -> None:
-        self._decoder, self._bank, self._cache = decoder, bank, cache
+        self._decoder, self._cache = decoder, cache
+        self._tables = None if bank is None else BankTables(bank, decoder)
         self._buckets = buckets(len(cache.lengths))
-        self._graphs: dict[tuple[int, int, int], _Graph] = {}
+        self._graphs: dict[tuple[int, TableKind], _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle()
         decoder.keep_positions(cache.capacity_tokens + 1)
 
@@ -63,10 +63,11 @@ class DecodeGraphs:
         return len(passing) <= self._buckets[-1] and all(len(taken.ids) == 1 for taken in passing)
 
     def record_all(self) -> None:
-        """Record every bucket now, with and without adapters of ordinary ranks, so that no request waits for it."""
+        """Record every bucket now, for the bare base and the slots that there are, so that no request waits for it."""
+        slots = () if self._tables is None else self._tables.bank.slots.keys()
         for rows in reversed(self._buckets):
-            for rank in (0,) if self._bank is None else (0, self._rank()):
-                self._graph(rows, rank)
+            for kind in {BARE, self._kind(slots)}:
+                self._graph(rows, kind)
 
     def run(self, passing: Sequence[Taken]) -> Tensor:
         """Hidden states (rows, D) of one token each, and the tokens are in the cache. Read them before the next run.
@@ -74,31 +75,27 @@ class DecodeGraphs:
         Rows of one slot are neighbours, and their places have the blocks.
         """
         rows = next(size for size in self._buckets if size >= len(passing))
-        adapted = any(taken.slot != NO_SLOT for taken in passing)
-        graph = self._graph(rows, self._rank() if adapted else 0)
+        graph = self._graph(rows, self._kind({taken.slot for taken in passing}))
         graph.inputs.fill(passing, self._cache)
         graph.graph.replay()
         self._cache.commit([taken.place for taken in passing], [1] * len(passing))
         return graph.hidden_RD[: len(passing)]
 
-    def _rank(self) -> int:
-        assert self._bank is not None
-        self._bank.fill_tables()
-        return class_size(self._bank.most_rank)
+    def _kind(self, slots: Collection[int]) -> TableKind:
+        return BARE if self._tables is None else self._tables.kind(slots)
 
-    def _graph(self, rows: int, rank: int) -> _Graph:
-        moves = 0 if self._bank is None or not rank else self._bank.table_moves
-        if (rows, rank, moves) not in self._graphs:
-            for key in [key for key in self._graphs if key[:2] == (rows, rank)]:
+    def _graph(self, rows: int, kind: TableKind) -> _Graph:
+        if (rows, kind) not in self._graphs:
+            # What reads tables that have moved is of no use any more.
+            for key in [key for key in self._graphs if key[0] == rows and replace(key[1], moves=kind.moves) == kind]:
                 del self._graphs[key]
-            self._graphs[rows, rank, moves] = self._record(rows, rank)
-        return self._graphs[rows, rank, moves]
+            self._graphs[rows, kind] = self._record(rows, kind)
+        return self._graphs[rows, kind]
 
     @torch.inference_mode()
-    def _record(self, rows: int, rank: int) -> _Graph:
-        """rank 0: the bare base."""
-        bank = None if self._bank is None or not rank else TableBank(self._bank, rank)
-        inputs = _Inputs(rows, self._cache, width=_MOST_MODULES * rank)
+    def _record(self, rows: int, kind: TableKind) -> _Graph:
+        bank = None if self._tables is None or kind == BARE else self._tables.of(kind)
+        inputs = _Inputs(rows, self._cache, width=_MOST_MODULES * kind.rank)
         batch = inputs.batch(self._decoder, self._cache.capacity_tokens)
         attention = PagedAttention(self._cache, inputs.pages)
         inputs.fill((), self._cache)

@@ -108,7 +108,8 @@ class LowRank:
     int64 facts of every slot (see `site_table`); routes and table_SF are None where kernels are not fused. parts may be
     missing where they are not None, and the pass is not recorded: the kernels need no more than the table. rides: the
     one slot's matrices lie in the border of the frozen weight, and its low-rank activations in the tails of the rows,
-    so that both sums are made by the frozen product itself (see `room`).
+    so that both sums are made by the frozen product itself (see `room`). shelved: so many rows of A lie below the
+    frozen weight (see `models.frozen.DenseLinear`), and the table says where each slot's are; 0: none.
     """
 
     parts: tuple[LoraPart, ...]
@@ -118,6 +119,7 @@ class LowRank:
     routes: Routes | None = None
     table_SF: Tensor | None = None
     rides: bool = False
+    shelved: int = 0
 
     @property
     def fused(self) -> bool:
@@ -184,17 +186,20 @@ def settle_if_long(total: Sum) -> None:
 # ---- tables for the kernels -----------------------------------------------------------------------------------------
 
 
-def site_table(groups: Sequence[LoraGroup | None], device: torch.device) -> Tensor:
+def site_table(groups: Sequence[LoraGroup | None], device: torch.device, shifts: Sequence[int] | None = None) -> Tensor:
     """int64 (slots, FIELDS): addresses, ranks, scales of each slot's group at one stacked weight; zeros for None.
 
     Fields: A, its gradient, R, the dropout threshold, the bits of 1/(1-p), the salt; then for each of three modules B,
-    its gradient, its rank, the place of its ranks, the bits of its scale.
+    its gradient, its rank, the place of its ranks, the bits of its scale. shifts: added to the places of the ranks.
     """
-    rows = [[0] * blocks.FIELDS if group is None else _site_fields(group) for group in groups]
+    rows = [
+        [0] * blocks.FIELDS if group is None else _site_fields(group, shift)
+        for group, shift in zip(groups, shifts or [0] * len(groups), strict=True)
+    ]
     return torch.tensor(rows, dtype=torch.int64).to(device)
 
 
-def _site_fields(group: LoraGroup) -> list[int]:
+def _site_fields(group: LoraGroup, shift: int) -> list[int]:
     fields = [0] * blocks.FIELDS
     grad_a = 0 if group.grad_a_RD is None else group.grad_a_RD.data_ptr()
     threshold = max(-(2**31), min(round(group.dropout * 2**32) - 2**31, 2**31 - 1))
@@ -209,9 +214,9 @@ def _site_fields(group: LoraGroup) -> list[int]:
     for m in group.members:
         at = blocks.MEMBERS_AT + blocks.MEMBER_FIELDS * m.index
         grad_b = 0 if m.grad_b_OR is None else m.grad_b_OR.data_ptr()
-        rank = m.rank_stop - m.rank_start
-        assert rank % RANK_STEP == m.rank_start % RANK_STEP == 0, "kernels read whole steps of ranks"
-        fields[at : at + blocks.MEMBER_FIELDS] = [m.b_OR.data_ptr(), grad_b, rank, m.rank_start, _float_bits(m.scale)]
+        rank, start = m.rank_stop - m.rank_start, shift + m.rank_start
+        assert rank % RANK_STEP == start % RANK_STEP == 0, "kernels read whole steps of ranks"
+        fields[at : at + blocks.MEMBER_FIELDS] = [m.b_OR.data_ptr(), grad_b, rank, start, _float_bits(m.scale)]
     return fields
 
 

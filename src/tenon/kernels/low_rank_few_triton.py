@@ -54,6 +54,7 @@ def _project_kernel(
     DEPTH: tl.constexpr,
     RANKS: tl.constexpr,
     PARTS: tl.constexpr,
+    MOST_PARTS: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_ptr + token)
@@ -78,9 +79,9 @@ def _project_kernel(
                 tl.debug_barrier()
                 last = (tl.atomic_add(arrival_ptr + block, 1, sem="acq_rel") == PARTS - 1).to(tl.int32)
                 if last == 1:
-                    total = tl.zeros((RANKS,), dtype=tl.float32)
-                    for i in range(0, PARTS):
-                        total += tl.load(parts + i * RANKS, cache_modifier=".cg")
+                    i = tl.arange(0, MOST_PARTS)[:, None]
+                    there = tl.load(parts[None, :] + i * RANKS, mask=i < PARTS, other=0.0, cache_modifier=".cg")
+                    total = tl.sum(there, 0)
                     tl.store(arrival_ptr + block, 0)
             if last == 1:
                 tl.store(low_ptr + token * low_stride + r, total.to(low_ptr.dtype.element_ty), mask=r < rank)
@@ -121,5 +122,6 @@ def project(x_TD: Tensor, low_TW: Tensor, width: int, few: FewTokens, table_SF: 
         DEPTH=min(_DEPTH, power_of_two(inputs, least=16)),
         RANKS=_RANKS,
         PARTS=parts,
+        MOST_PARTS=power_of_two(parts),
         num_warps=4,
     )

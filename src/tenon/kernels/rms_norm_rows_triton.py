@@ -27,7 +27,9 @@ LONGEST = 16_384
 @jit
 def _row_kernel(
     x_ptr,
+    x_stride,
     y_ptr,
+    y_stride,
     n_ptr,
     n_stride,
     weight_ptr,
@@ -49,14 +51,14 @@ def _row_kernel(
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, COLUMNS)
     inside = d < WIDTH
-    x = tl.load(x_ptr + row * WIDTH + d, mask=inside, other=0.0)
+    x = tl.load(x_ptr + row * x_stride + d, mask=inside, other=0.0)
     if UPDATE:
-        y = tl.load(y_ptr + row * WIDTH + d, mask=inside, other=0.0)
+        y = tl.load(y_ptr + row * y_stride + d, mask=inside, other=0.0)
         total = x.to(tl.float32) + y.to(tl.float32)
         if TERM:
             total += row_term(low_ptr, low_stride, row, tl.load(slot_ptr + row), table_ptr, 0, d, inside, 8)
         x = total.to(x.dtype)
-        tl.store(y_ptr + row * WIDTH + d, x, mask=inside)
+        tl.store(y_ptr + row * y_stride + d, x, mask=inside)
     wide = x.to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / WIDTH + eps)
     gain = tl.load(weight_ptr + d, mask=inside, other=0.0).to(tl.float32)
@@ -130,7 +132,9 @@ def add_norm_of_rows(
         return y_TD, n_TD
     _row_kernel[(tokens,)](
         x_TD,
+        x_TD.stride(0),
         y_TD,
+        y_TD.stride(0),
         n_TD,
         n_TD.stride(0),
         weight_D,

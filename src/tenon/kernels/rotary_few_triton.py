@@ -15,7 +15,9 @@ from tenon.kernels.low_rank_few_triton import row_term
 @jit
 def _make_heads_kernel(
     qkv_ptr,
+    qkv_stride,
     out_ptr,
+    out_stride,
     cos_ptr,
     sin_ptr,
     q_norm_ptr,
@@ -38,7 +40,7 @@ def _make_heads_kernel(
     first_head = tl.where(member == 0, 0, tl.where(member == 1, HEADS, HEADS + KV_HEADS))
     e = tl.arange(0, HALF)
     inside = e < SIZE // 2
-    at = token * ((HEADS + 2 * KV_HEADS) * SIZE) + head * SIZE + e
+    at = token * qkv_stride + head * SIZE + e
     first = tl.load(qkv_ptr + at, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(qkv_ptr + at + SIZE // 2, mask=inside, other=0.0).to(tl.float32)
     element = qkv_ptr.dtype.element_ty
@@ -63,6 +65,7 @@ def _make_heads_kernel(
             turned = first * cos - second * sin
             second = second * cos + first * sin
             first = turned
+    at = token * out_stride + head * SIZE + e
     tl.store(out_ptr + at, first.to(element), mask=inside)
     tl.store(out_ptr + at + SIZE // 2, second.to(element), mask=inside)
 
@@ -83,7 +86,9 @@ def make_heads(
     count, kv_heads, size = heads
     _make_heads_kernel[(qkv_TO.shape[0], count + 2 * kv_heads)](
         qkv_TO,
+        qkv_TO.stride(0),
         out_TO,
+        out_TO.stride(0),
         *((qkv_TO, qkv_TO) if turn is None else turn),
         *((qkv_TO, qkv_TO) if gains is None else gains),
         addend.low_TW,

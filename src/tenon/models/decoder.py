@@ -93,14 +93,17 @@ class Decoder:
         fp8_twice: bool = True,
         fuse: bool | None = None,
         ride_rank: int = 0,
+        shelf_rank: int = 0,
         sharing: Sharing | None = None,
     ) -> None:
         """Allocates the weights, uninitialised; fill them with `load_tensors`.
 
         kind: what the linear weights are kept in; embedding, head and norms stay in dtype. compute_fp8, fp8_twice: see
         `make_frozen`. fuse None: where it can. ride_rank: up to this rank of one module a batch of one slot has its
-        low-rank sums made inside the frozen products (dense, fused; takes ride_rank / hidden more memory). sharing:
-        the layers are spread over the ranks; `layers` is empty then, and nothing rides.
+        low-rank sums made inside the frozen products (dense, fused; takes ride_rank / hidden more memory). shelf_rank:
+        ranks of all slots together whose A lie below the frozen weights, instead of riding, so that a pass of few
+        tokens has no products for them apart. sharing: the layers are spread over the ranks; `layers` is empty then,
+        and nothing rides.
         """
         self.facts, self.dtype, self.device = facts, dtype, device
         self.kind: FrozenKind = kind
@@ -110,6 +113,7 @@ class Decoder:
         self.attention_problem = ""
         rides = self.fuse and kind == "dense" and sharing is None
         self._ride_rank = -(-ride_rank // RANK_STEP) * RANK_STEP if rides else 0
+        self.shelf_rank = shelf_rank if rides and not ride_rank else 0
         self._rider: tuple[object, int] | None = None
         self._border_table: CopyTable | None = None
         self.embedding_VD = self._empty(facts.vocab, facts.hidden)
@@ -151,6 +155,7 @@ class Decoder:
             compute_fp8=self._fp8[0],
             fp8_twice=self._fp8[1],
             border=-(-len(shapes) * self._ride_rank // 16) * 16,
+            shelf=len(shapes) * self.shelf_rank,
         )
 
     @property

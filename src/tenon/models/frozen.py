@@ -75,7 +75,12 @@ class DenseLinear:
         [ W  s B ]      [x, low] [W, s B]^T = W x + s B low
         [ A   .  ]      [dy, d_low] [W; A]  = dy W + d_low A
 
-    so that the low-rank sums of a batch of one slot are made inside the products. The weight itself never changes.
+    so that the low-rank sums of a batch of one slot are made inside the products. With a shelf, room for the A of many
+    slots below it, so that one product of few tokens makes every slot's low-rank activations too:
+
+        [ W ; A_1 ; A_2 … ]      x [W; A_1; A_2 …]^T = [W x, A_1 x, A_2 x …]
+
+    The weight itself never changes.
     """
 
     takes_fp8 = False
@@ -90,20 +95,37 @@ class DenseLinear:
         dtype: torch.dtype,
         device: torch.device,
         border: int = 0,
+        shelf: int = 0,
     ) -> None:
-        """border: ranks that it has room for."""
+        """border: ranks that it has room for. shelf: rows of A that it has room for, where it has no border."""
+        assert not (border and shelf)
         self.outputs, self.inputs, self.bias_O, self.border = outputs, inputs, bias_O, border
+        self.shelf_bias_S: Tensor | None = None
+        if shelf and bias_O is not None:
+            self.shelf_bias_S = torch.zeros(outputs + shelf, dtype=dtype, device=device)
+            self.bias_O = self.shelf_bias_S[:outputs]
         # Rows begin at whole lines of memory; see `kernels.low_rank.room`.
         stride = -(-(inputs + border) // LINE) * LINE if border else inputs
-        whole = torch.empty((outputs + border, stride), dtype=dtype, device=device)
-        self._bordered = whole[:, : inputs + border]
+        whole = torch.empty((outputs + border + shelf, stride), dtype=dtype, device=device)
+        self._shelved = whole[:, :inputs]
+        self._bordered = whole[: outputs + border, : inputs + border]
         self.weight_OD = self._bordered[:outputs, :inputs]
         self.clear_border()
+        self.shelf(0, shelf).zero_()
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the weight."""
         return bytes_of(self._bordered)
+
+    def shelf(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) below the weight, to be written."""
+        return self._shelved[self.outputs + start : self.outputs + stop]
+
+    def apply_shelved(self, x_TD: Tensor, rows: int) -> Tensor:
+        """(T, D) -> (T, O + rows): the product, then the low-rank activations of the shelf's first rows."""
+        bias_S = None if self.shelf_bias_S is None else self.shelf_bias_S[: self.outputs + rows]
+        return functional.linear(x_TD, self._shelved[: self.outputs + rows], bias_S)
 
     def clear_border(self) -> None:
         """Zeros around the weight."""
@@ -148,7 +170,7 @@ class DenseLinear:
         """See `FrozenLinear.moved`."""
         there = copy(self)
         there._bordered = take(self._bordered)
-        there.weight_OD = there._bordered[: self.outputs, : self.inputs]
+        there.weight_OD = there._shelved = there._bordered[: self.outputs, : self.inputs]
         there.bias_O = moved_bias(self.bias_O, take)
         return there
 

@@ -273,15 +273,16 @@ def make_frozen(
     compute_fp8: bool = False,
     fp8_twice: bool = True,
     border: int = 0,
+    shelf: int = 0,
 ) -> FrozenLinear:
     """An empty map of one kind: set it with `put`, and its bias_O (uninitialised, in dtype) where there is one.
 
     compute_fp8: for nf4, multiply in fp8 what is dequantised. fp8_twice: for fp8, keep the transposed weight too.
-    border: for dense, ranks of one slot that it has room for.
+    border: for dense, ranks of one slot that it has room for. shelf: for dense, rows of A of many slots.
     """
     bias_O = torch.empty(outputs, dtype=dtype, device=device) if bias else None
     if kind == "dense":
-        return DenseLinear(outputs, inputs, bias_O=bias_O, dtype=dtype, device=device, border=border)
+        return DenseLinear(outputs, inputs, bias_O=bias_O, dtype=dtype, device=device, border=border, shelf=shelf)
     if kind == "fp8":
         return Fp8Linear(outputs, inputs, bias_O=bias_O, dtype=dtype, device=device, twice=fp8_twice)
     if kind == "int8":

@@ -167,12 +167,18 @@ def _attend(layer: Layer, n_TD: Tensor, n_8: Quantised | None, tape: LayerTape, 
         at.index, heads.q_THE, heads.k_TKE, heads.v_TKE, scale=at.scale, window=at.window, record=record
     )
     attended_TD = attended_THE.flatten(1)
-    # Attention makes its own output, which has no room for a tail: here low does not ride.
-    low_o = project_apart(attended_TD, at.low["o"])
-    out = _sum(layer.stacks["o"].apply(attended_TD), low_o, at.low["o"])
+    out, low_o = _apply_apart(layer.stacks["o"], attended_TD, at.low["o"])
     tape.heads, tape.attention, tape.attended_TD = heads, attention, attended_TD
     tape.lows = (low_qkv, low_o, None, None)
     _gate_up(layer, out, tape, at)
+
+
+def _apply_apart(linear: FrozenLinear, x_TD: Tensor, low: LowRank | None) -> tuple[Sum, Tensor | None]:
+    """`_apply` for what attention made, which has no room for a tail: here low does not ride."""
+    if low is not None and low.shelved and isinstance(linear, DenseLinear):
+        return _shelved(linear, low, x_TD), None
+    low_TW = project_apart(x_TD, low)
+    return _sum(linear.apply(x_TD), low_TW, low), low_TW
 
 
 def _gate_up(layer: Layer, out: Sum | None, tape: LayerTape, at: Pass) -> None:
@@ -196,6 +202,8 @@ def _gate_up(layer: Layer, out: Sum | None, tape: LayerTape, at: Pass) -> None:
 def _apply(layer: Layer, stack: str, x_TD: Tensor, at: Pass, x_8: Quantised | None = None) -> tuple[Sum, Tensor | None]:
     """(the stacked weight's product with what is still to be added, the low-rank activations). x_8: x in fp8."""
     linear, low = layer.stacks[stack], at.low[stack]
+    if low is not None and low.shelved and isinstance(linear, DenseLinear):
+        return _shelved(linear, low, x_TD), None
     low_TW = project(x_TD, low)
     if low is None or not low.rides or not isinstance(linear, DenseLinear):
         return _sum(linear.apply(x_TD, None if x_8 is None else x_8.rows), low_TW, low), low_TW
@@ -203,6 +211,12 @@ def _apply(layer: Layer, stack: str, x_TD: Tensor, at: Pass, x_8: Quantised | No
     y_TO = room(x_TD, linear.outputs, low if stack == "gate_up" else None)
     linear.apply_bordered(whole(x_TD, low), y_TO)
     return Sum(y_TO, None), low_TW
+
+
+def _shelved(linear: DenseLinear, low: LowRank, x_TD: Tensor) -> Sum:
+    """The product whose low-rank activations came out of it too. A pass of few tokens is not recorded."""
+    both_TX = linear.apply_shelved(x_TD, low.shelved)
+    return Sum(both_TX[:, : linear.outputs], Addend(both_TX[:, linear.outputs :], low, back=False))
 
 
 def _sum(y_TO: Tensor, low_TW: Tensor | None, low: LowRank | None) -> Sum:
