@@ -55,6 +55,14 @@ class Worker:
         """False once it has ended."""
         return self._process.poll() is None
 
+    @property
+    def pipes(self) -> tuple[int, int]:
+        """File descriptors of its output and its input, for whoever waits for several workers at a time: `events` and
+        `send` are not for use beside them.
+        """
+        assert self._process.stdout is not None and self._process.stdin is not None
+        return self._process.stdout.fileno(), self._process.stdin.fileno()
+
     def send(self, request: Value) -> None:
         """Write one request to its standard input."""
         assert self._process.stdin is not None
@@ -90,6 +98,18 @@ class Worker:
             self._process.wait()
         self.close_input()
 
+    def wait(self, seconds: float) -> bool:
+        """Whether it ends within so many seconds."""
+        try:
+            self._process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def fate(self) -> TenonError:
+        """Why it has ended, though nobody asked it to: what it told, or what its status and its log say."""
+        return self.error or _died(self._process.wait(), self.log)
+
     @property
     def stopping(self) -> bool:
         """Whether it was asked to stop."""
@@ -100,6 +120,11 @@ class Worker:
         if self._process.stdin is not None:
             with suppress(BrokenPipeError):
                 self._process.stdin.close()
+
+    def close_output(self) -> None:
+        """Nobody listens any more."""
+        if self._process.stdout is not None:
+            self._process.stdout.close()
 
     def finish(self) -> Ended:
         """Wait for its end. Raises the error that it told, or RunError when it died without a word."""

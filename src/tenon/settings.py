@@ -78,6 +78,7 @@ def read_settings(environ: dict[str, str] | None = None) -> Settings:
 
 def child_environment(settings: Settings) -> dict[str, str]:
     """The environment for a process that is to have these settings: this process's own, with them written in."""
+    devices = {} if settings.visible_devices is None else {"CUDA_VISIBLE_DEVICES": settings.visible_devices}
     return {
         **_allocator(os.environ),
         # Threads that wait for each other by spinning are many times slower as soon as anything else wants a core.
@@ -89,6 +90,7 @@ def child_environment(settings: Settings) -> dict[str, str]:
         "TENON_THREADS": str(settings.threads),
         "TENON_DEBUG": "1" if settings.debug else "0",
         "TENON_WORKER": settings.worker,
+        **devices,
     }
 
 

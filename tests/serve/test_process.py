@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from typing import Any
+from urllib.request import urlopen
 
 import psutil
 import pytest
@@ -25,7 +27,8 @@ def command(house: House, *words: str) -> Iterator[tuple[subprocess.Popen[str], 
     """`tenon serve`, and its `ready` event. Nothing of it is left afterwards."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tenon.cli.main", "serve", "--port", "0", "--context", "256", "--json", *words],
-        cwd=house.world.root, env=house.world.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=house.world.root, env={**house.world.environment, "TENON_THREADS": "2"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None and process.stderr is not None
     try:
@@ -86,3 +89,47 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(house: House) ->
 def test_a_cache_that_holds_no_sequence_is_refused(house: House) -> None:
     done = house.world.tenon("serve", "base", "--port", "0", "--cache", "1kB")
     assert done.returncode == 1 and "error[plan-cache]" in done.stderr and "--cache" in done.stderr
+
+
+def test_several_engines_behind_one_front(house: House) -> None:
+    """Two engines answer as one does; one that is killed is replaced, and SIGTERM lets what runs finish."""
+    with command(house, "base", "--replicas", "2", "--slots", "2", "--drain", "200") as (process, ready):
+        assert ready["replicas"] == 2 and ready["rows"] == 32
+        port = int(ready["url"].rpartition(":")[2])
+        (front,) = psutil.Process(process.pid).children()
+        engines = front.children()
+        assert len(engines) == 2
+        with OpenAI(base_url=f"{ready['url']}/v1", api_key="none") as client:
+            for name in ("low", "high", None):
+                ids = [5, 40, 90, 12]
+                (expected,) = house.expected([ids], [name], max_new_tokens=20, stop_ids=frozenset())
+                found = client.completions.create(
+                    model=name or "base", prompt=ids, max_tokens=20, temperature=0, extra_body={"ignore_eos": True}
+                )
+                assert found.choices[0].text == house.decode(expected.ids)
+            assert {model.id for model in client.models.list() if model.model_dump()["state"] == "resident"} > {"base"}
+        connection = HTTPConnection("127.0.0.1", port, timeout=60)
+        body = json.dumps({"model": "high", "stream": True, **LONG}).encode()
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        assert answer.readline().startswith(b"data: ")
+        with urlopen(f"{ready['url']}/metrics") as metrics:
+            told = dict(re.findall(r'tenon_replica_sequences\{replica="(\d)"\} (\S+)', metrics.read().decode()))
+        assert sorted(told.values()) == ["0.0", "1.0"]
+        sorted(engines, key=lambda engine: engine.pid)[int(told["1"] == "1.0")].kill()
+        for target in (process.pid, front.pid, *(child.pid for child in front.children())):
+            os.kill(target, signal.SIGTERM)
+        assert read_stream(answer)[-1]["choices"][0]["finish_reason"] == "length"
+        connection.close()
+        assert process.wait(timeout=60) == 0
+        assert not reachable(port)
+
+
+def test_engines_that_cannot_start_say_why(house: House) -> None:
+    with (
+        pytest.raises(AssertionError, match=r"error\[plan-cache\].*--cache"),
+        command(house, "base", "--replicas", "2", "--cache", "1kB"),
+    ):
+        pass
+    done = house.world.tenon("serve", "base", "--port", "0", "--replicas", "many")
+    assert done.returncode == 2 and "error[usage-replicas]" in done.stderr

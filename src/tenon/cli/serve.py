@@ -71,14 +71,31 @@ def serve(
     trace: Annotated[
         bool, typer.Option("--trace", help="OpenTelemetry spans to OTEL_EXPORTER_OTLP_ENDPOINT (extra `trace`).")
     ] = False,
+    replicas: Annotated[
+        str,
+        typer.Option(
+            "--replicas",
+            metavar="N|A-B|auto",
+            help="Engines, each in a process of its own with its own GPU or part of the CPU; A-B: as many as are "
+            "needed; auto: one a GPU. 1 is one in the server's own process.",
+        ),
+    ] = "1",
+    queue_delay: Annotated[
+        float, typer.Option("--queue-delay", min=0.01, help="Wait in seconds that brings another of A-B replicas.")
+    ] = 1.0,
+    silence: Annotated[
+        float, typer.Option("--silence", min=1.0, help="Seconds after which a replica that says nothing is replaced.")
+    ] = 120.0,
     as_json: Annotated[bool, typer.Option("--json", help="Events as JSON lines on standard output.")] = False,
 ) -> None:
     """Serve a base and every registered adapter that stands on it, over OpenAI's API.
 
     `model` is the base's name, an adapter's NAME (its newest version) or NAME@VERSION; what is registered later answers
-    too. SIGTERM and Ctrl-C take nothing new and let what runs finish; a second Ctrl-C ends at once.
+    too. SIGTERM and Ctrl-C take nothing new and let what runs finish; a second Ctrl-C ends at once. SIGUSR1 replaces
+    the replicas by new ones, one after the other.
     """
     from tenon.cli.live import make_view
+    from tenon.plan.replicas import plan_replicas
     from tenon.plan.requests import ServeRequest
     from tenon.service.environment import require_tracing
     from tenon.service.foreign import find_vllm
@@ -93,6 +110,9 @@ def serve(
         raise typer.BadParameter(
             "is for another engine: add --engine vllm", param_hint="--engine-python, --engine-options"
         )
+    if foreign is not None and replicas != "1":
+        text = "are of Tenon's own engine: for vLLM type --engine-options '--data-parallel-size 2'"
+        raise typer.BadParameter(text, param_hint="--replicas")
     if trace:
         require_tracing()
     engine = open_base(spec, session.settings)
@@ -112,6 +132,14 @@ def serve(
         log=None if log is None else log if log == "-" else str(Path(log).absolute()),
         log_prompts=log_prompts,
         trace=trace,
+        replicas=plan_replicas(
+            replicas,
+            engine,
+            cache_bytes=cache_bytes,
+            visible_devices=session.settings.visible_devices,
+            queue_delay_seconds=queue_delay,
+            silence_seconds=silence,
+        ),
     )
     if host not in _LOOPBACK and not session.settings.keys.is_file():
         text = f"whoever reaches {host} can use this server: no key is asked for; make one: tenon keys create TENANT"
@@ -161,9 +189,10 @@ def _show_ready(session: Session, event: Event, *, as_json: bool) -> None:
         return
     url, name = event["url"], event["name"]
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "hello"}]}, ensure_ascii=False)
+    replicas = f"{event['replicas']} replicas, " if event.get("replicas", 1) > 1 else ""
     session.out.print(
-        f"{name} at {url}: {event['rows']} sequences of {event['context_tokens']:,} tokens, {event['slots']} adapters "
-        "at a time",
+        f"{name} at {url}: {replicas}{event['rows']} sequences of {event['context_tokens']:,} tokens, {event['slots']} "
+        "adapters at a time",
         markup=False,
         soft_wrap=True,
     )

@@ -12,7 +12,7 @@ This module knows no text, and no more of a request than `Request` says.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ class Engine:
         *,
         cache: KvCache,
         pass_tokens: int,
+        on_start: Callable[[int], None] | None = None,
         on_token: OnToken | None = None,
         on_finish: OnFinish | None = None,
         on_failure: OnFailure | None = None,
@@ -50,14 +51,15 @@ class Engine:
         graphs: DecodeGraphs | None = None,
         guides: Guides[Any] | None = None,
     ) -> None:
-        """pass_tokens: most tokens of one pass; what decodes always goes. on_failure: told of scores that are not
-        finite, and of grammars that cost too much; without it `step` raises. keep_prefixes: remember full blocks for
-        prompts that begin alike (see `Request.adapter_key`). graphs: what replays passes of one token a row, over the
-        same three. guides: for requests with a grammar.
+        """pass_tokens: most tokens of one pass; what decodes always goes. on_start: told of each request that has got a
+        place, and again when it had given it back. on_failure: told of scores that are not finite, and of grammars that
+        cost too much; without it `step` raises. keep_prefixes: remember full blocks for prompts that begin alike (see
+        `Request.adapter_key`). graphs: what replays passes of one token a row, over the same three. guides: for
+        requests with a grammar.
         """
         self._decoder, self._bank, self._cache = decoder, bank, cache
         self._pass_tokens, self._on_token, self._on_finish = pass_tokens, on_token, on_finish
-        self._on_failure = on_failure
+        self._on_start, self._on_failure = on_start, on_failure
         self._keep_prefixes, self._graphs, self._guides = keep_prefixes, graphs, guides
         self._waiting: deque[Row] = deque()
         self._rows: list[Row] = []  # in the order of arrival
@@ -100,8 +102,10 @@ class Engine:
         Raises UsageError usage-grammar; with a grammar that `Guides` has compiled before, that is over at once.
         """
         limit = self._limit(request)
-        if len(request.prompt_ids) >= limit:
-            self._finish(index, Completion((), (), "context"))
+        if len(request.prompt_ids) + len(request.answered) >= limit:
+            ids, logprobs = zip(*request.answered, strict=True) if request.answered else ((), ())
+            full = ids and len(ids) >= request.max_new_tokens
+            self._finish(index, Completion(ids, logprobs, "length" if full else "context"))
             return
         # The last token of an answer is never fed: nothing follows it.
         sequence = [*request.prompt_ids, *request.draft_ids][: limit - 1]
@@ -109,7 +113,10 @@ class Engine:
         if request.grammar is not None:
             assert self._guides is not None, "who takes requests with a grammar gives the engine guides"
             guide = self._guides.start(request.grammar, request.stop_ids)
-        self._waiting.append(Row(index, request, sequence, limit, guide=guide))
+        row = Row(index, request, sequence, limit, guide=guide)
+        if request.answered:
+            row.resume()
+        self._waiting.append(row)
 
     @torch.inference_mode()
     def cancel(self, index: int) -> None:
@@ -155,6 +162,8 @@ class Engine:
     def _admit(self) -> None:
         while self._waiting and len(self._rows) < len(self._cache.lengths) and self._let_in(self._waiting[0]):
             self._rows.append(self._waiting.popleft())
+            if self._on_start is not None:
+                self._on_start(self._rows[-1].index)
 
     def _let_in(self, row: Row) -> bool:
         """Give a row a place and blocks for all that it feeds; False when there are too few."""

@@ -37,6 +37,8 @@ class Request:
     top_logprobs: report so many of the likeliest tokens at each position. prompt_logprobs: report the prompt's tokens
     too.
     pooling: make no answer, but one vector of the prompt: its last token's hidden state, or the mean of all.
+    answered: (id, log probability) of tokens that the answer has already, from another engine: it goes on after them,
+    as it would have there, and counts them as its own. Not together with a draft or prompt_logprobs.
     """
 
     prompt_ids: Sequence[int]
@@ -58,6 +60,7 @@ class Request:
     prompt_logprobs: bool = False
     adapter_key: Hashable | None = None
     salt: Hashable = ""
+    answered: Sequence[tuple[int, float]] = ()
     pooling: Pooling | None = None
 
     @property

@@ -115,6 +115,13 @@ class Row:
         self.known = max(self.known, self.fed)
         self.fed, self.place = 0, -1
 
+    def resume(self) -> None:
+        """Begin after what the request says is answered: it is fed, and what follows its tokens is known."""
+        for token_id, logprob in self.request.answered:
+            self.take(Token(token_id, logprob))
+        self.feed = [*self.request.prompt_ids, *self.ids]
+        self.known, self.drafting = len(self.feed) - 1, False
+
     def completion(self, finish: FinishReason) -> Completion:
         """What is answered so far, as the answer."""
         return Completion(

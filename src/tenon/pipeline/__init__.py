@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from tenon.plan.requests import (
     ChatRequest,
     CheckRequest,
+    EngineRequest,
     EvaluateRequest,
     GenerateRequest,
     InspectRequest,
@@ -66,6 +67,13 @@ def serve(request: ServeRequest, emit: Emit, settings: Settings, /) -> None:
     from tenon.pipeline.serving import serve as work
 
     work(request, emit, settings)
+
+
+def engine(request: EngineRequest, lines: Iterator[str], emit: Emit, settings: Settings, /) -> None:
+    """Make sequences for a server's front: see `pipeline.own_engine.run_engine`."""
+    from tenon.pipeline.own_engine import run_engine
+
+    run_engine(request, lines, emit, settings)
 
 
 def chat(requests: Iterator[ChatRequest], emit: Emit, settings: Settings, /) -> None:

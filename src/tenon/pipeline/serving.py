@@ -1,66 +1,43 @@
-"""Serving: the base is loaded once, adapters come and go beside it, requests arrive over HTTP.
+"""Serving: names, keys, text and HTTP in this process, before whoever makes the sequences.
 
-This module does not know HTTP or how a batch is made (serve).
+This module never imports torch: what computes is imported when it is to be in this process. It does not know how a
+batch is made.
 """
 
 from __future__ import annotations
 
-from contextlib import closing
+import signal
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from importlib import metadata
+from types import FrameType
 
-from tenon.data.grammars import Grammars
 from tenon.data.render import Renderer
-from tenon.errors import PlanError
-from tenon.infer.generate import place_bytes
-from tenon.models.cache import BLOCK_TOKENS
-from tenon.models.decoder import Decoder
-from tenon.pipeline.foreign import foreign_engines
 from tenon.pipeline.slot_data import Emit
-from tenon.pipeline.talking import open_engine
-from tenon.pipeline.watching import open_watch
+from tenon.pipeline.watching import Watch, open_watch
 from tenon.plan.requests import ServeRequest
 from tenon.registry.store import Registry
 from tenon.serve.access import Access
-from tenon.serve.adapter_files import AdapterReader
 from tenon.serve.connections import Bounds, raise_handles
-from tenon.serve.engine_loop import EngineLoop
-from tenon.serve.jobs import Deliver, Limits
 from tenon.serve.names import Names
+from tenon.serve.pool import EnginePool
+from tenon.serve.pool_metrics import PoolCollector
 from tenon.serve.run import MakeEngines, Options, Server, address, listen, stopped_by_signals
 from tenon.settings import Settings
 from tenon.tenants.keys import KeyStore
 from tenon.tenants.usage import UsageBook
-from tenon.units import format_bytes
-
-# Most tokens of one pass: a long prompt must not keep those who wait for their next token.
-_PASS_TOKENS = {"cpu": 256, "cuda": 2048}
 
 
 def serve(request: ServeRequest, emit: Emit, settings: Settings) -> None:
     """Serve until SIGTERM. Raises UsageError usage-address before anything is loaded; PlanError plan-cache; what
-    `foreign_engines` raises.
+    `foreign_engines` and `replica_engines` raise.
     """
     with listen(request.host, request.port) as listening:
-        if request.foreign is None:
-            renderer, make_engines = _own_engines(request, emit, settings)
-        else:
-            renderer, make_engines = foreign_engines(request, request.foreign, emit, settings)
+        renderer, make_engines = _engines(request, emit, settings)
         registry = Registry(settings.registry)
         names = Names(registry, renderer, base=request.name, base_hash=request.engine.base.base_hash)
         watch = open_watch(request, settings, renderer.tokenizer, emit)
-        options = Options(
-            queue=request.queue,
-            most_body_bytes=request.most_body_bytes,
-            drain_seconds=request.drain_seconds,
-            fingerprint=request.engine.base.base_hash[:12],
-            vocabulary=request.engine.facts.vocab,
-            hidden=request.engine.facts.hidden,
-            version=metadata.version("tenonlm"),
-            cors=request.cors,
-            bounds=Bounds(most_connections=raise_handles()),
-            observers=watch.observers,
-            keep_prompts=request.log_prompts,
-        )
+        options = server_options(request, watch)
         access = Access(KeyStore(settings.keys), UsageBook(settings.usage))
 
         def say(text: str) -> None:
@@ -75,36 +52,61 @@ def serve(request: ServeRequest, emit: Emit, settings: Settings) -> None:
             access=access,
             say=say,
         )
-        with closing(access), closing(watch), stopped_by_signals(server):
+        with closing(access), closing(watch), stopped_by_signals(server), _pooled(server):
             server.start()
             limits = server.engine.limits
             told = {"rows": limits.rows, "context_tokens": limits.context_tokens, "slots": limits.slots}
-            emit("ready", url=address(listening), name=request.name, **told)
+            replicas = 1 if request.replicas is None else request.replicas.least
+            emit("ready", url=address(listening), name=request.name, replicas=replicas, **told)
             server.work()
 
 
-def _own_engines(request: ServeRequest, emit: Emit, settings: Settings) -> tuple[Renderer, MakeEngines]:
-    """The base in this process, how it is asked, and the engine over it."""
-    bench, renderer = open_engine(request.engine, settings, emit)
-    bench.decoder.pack()
-    limits = cache_limits(request, bench.decoder)
-    read = AdapterReader(Registry(settings.registry))
+def server_options(request: ServeRequest, watch: Watch) -> Options:
+    """What a server is to keep to. watch: who is told of each request."""
+    return Options(
+        queue=request.queue,
+        most_body_bytes=request.most_body_bytes,
+        drain_seconds=request.drain_seconds,
+        fingerprint=request.engine.base.base_hash[:12],
+        vocabulary=request.engine.facts.vocab,
+        hidden=request.engine.facts.hidden,
+        version=metadata.version("tenonlm"),
+        cors=request.cors,
+        bounds=Bounds(most_connections=raise_handles()),
+        observers=watch.observers,
+        keep_prompts=request.log_prompts,
+    )
 
-    def make_engines(deliver: Deliver, grammars: Grammars) -> EngineLoop:
-        return EngineLoop(bench.decoder, bench.bank, limits=limits, read=read, deliver=deliver, guides=grammars)
 
-    return renderer, make_engines
+def _engines(request: ServeRequest, emit: Emit, settings: Settings) -> tuple[Renderer, MakeEngines]:
+    """How the base is asked, and whoever makes the sequences."""
+    if request.foreign is not None:
+        from tenon.pipeline.foreign import foreign_engines
+
+        return foreign_engines(request, request.foreign, emit, settings)
+    if request.replicas is not None:
+        from tenon.pipeline.replicas import replica_engines
+
+        return replica_engines(request, request.replicas, emit, settings)
+    from tenon.pipeline.own_engine import own_engine
+
+    return own_engine(request, emit, settings)
 
 
-def cache_limits(request: ServeRequest, decoder: Decoder) -> Limits:
-    """What the engine may use. Raises PlanError plan-cache when the cache does not hold one sequence."""
-    context = min(request.context_tokens, decoder.facts.context_tokens)
-    one = place_bytes(decoder.facts, tokens=context + BLOCK_TOKENS, dtype=decoder.dtype)
-    if request.cache_bytes < one:
-        raise PlanError(
-            "plan-cache",
-            f"a cache of {format_bytes(request.cache_bytes)} does not hold one sequence of {context:,} tokens",
-            got=f"{format_bytes(one)} a sequence",
-            hint="give more with --cache, or shorter sequences with --context",
-        )
-    return Limits(request.rows, context, request.cache_bytes, _PASS_TOKENS[decoder.device.type], request.slots)
+@contextmanager
+def _pooled(server: Server) -> Iterator[None]:
+    """Where engines are processes of their own: their metrics, and SIGUSR1, which replaces them. Main thread only."""
+    pool = server.engine
+    if not isinstance(pool, EnginePool):
+        yield
+        return
+
+    def roll(_number: int, _frame: FrameType | None) -> None:
+        pool.roll()
+
+    server.gate.metrics.add(PoolCollector(pool))
+    before = signal.signal(signal.SIGUSR1, roll)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -137,6 +137,44 @@ class ForeignEngine(Value):
     options: tuple[str, ...] = ()
 
 
+class EngineRequest(Value):
+    """Make sequences for the front of a server until standard input ends; jobs come there, a line each.
+
+    Signals do not end it: its front does. Events: `ready` {}, then `pass` (see serve.job_lines).
+    """
+
+    engine: Engine
+    slots: int = 8
+    rows: int = 16
+    context_tokens: int = 4096
+    cache_bytes: int = 2 << 30
+
+
+class Seat(Value):
+    """Where one engine of several computes. visible_devices: its GPU, as CUDA_VISIBLE_DEVICES says it; None on a CPU,
+    where the machine's threads are its share.
+    """
+
+    machine: MachineFacts
+    visible_devices: str | None = None
+
+
+class Replicas(Value):
+    """Engines in processes of their own: at least `least`, at most as many as there are seats.
+
+    up_delay_seconds: a wait for a place that brings another engine when it lasts for up_seconds; one goes when there
+    was no wait for down_seconds and it can go unmissed. silence_seconds: an engine that is not heard of for so long is
+    replaced.
+    """
+
+    seats: tuple[Seat, ...]
+    least: int = 1
+    up_delay_seconds: float = 1.0
+    up_seconds: float = 5.0
+    down_seconds: float = 60.0
+    silence_seconds: float = 120.0
+
+
 class ServeRequest(Value):
     """Answer requests over HTTP until SIGTERM; then what runs is finished and the worker ends with 0.
 
@@ -145,8 +183,10 @@ class ServeRequest(Value):
     when they are full, the youngest sequence waits. queue: sequences that may wait besides. drain_seconds: what runs
     may take so long to finish. foreign: who makes the sequences instead of this package. cors: origins of web pages
     that may ask, `*` for any. log: a file for a line of JSON for each request, `-` for events; log_prompts: with its
-    prompts. trace: spans to `Settings.otlp_endpoint`.
-    Events: `ready` {url, name, rows, context_tokens, slots}; with log `-`, `request` {id, status, …} for each.
+    prompts. trace: spans to `Settings.otlp_endpoint`. replicas: engines in processes of their own, each with such
+    slots, rows and cache; None has one in the server's own process. SIGUSR1 then replaces them, one after the other.
+    Events: `ready` {url, name, rows, context_tokens, slots, replicas}; with log `-`, `request` {id, status, …} for
+    each; `warning` for engines that are lost; `scale` {engines, text}.
     """
 
     engine: Engine
@@ -165,6 +205,7 @@ class ServeRequest(Value):
     log: str | None = None
     log_prompts: bool = False
     trace: bool = False
+    replicas: Replicas | None = None
 
 
 class ChatStart(Value):

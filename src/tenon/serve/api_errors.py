@@ -32,6 +32,8 @@ _STATUS_OF_CODE = {
     "usage-engine": 400,
     "usage-grammar": 400,
     "usage-sampling": 400,
+    "run-request-fatal": 500,
+    "run-engine-differs": 500,
 }
 
 

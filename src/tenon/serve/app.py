@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tenon.serve.api_errors import ApiError
 from tenon.serve.chat import chat_routes
 from tenon.serve.completions import completion_routes
 from tenon.serve.desk import Desk
@@ -132,8 +133,10 @@ def _state_routes(desk: Desk) -> APIRouter:
 
     @router.get("/ready")
     async def ready() -> dict[str, str]:
-        """Requests are taken; 503 once the server is being stopped."""
+        """Requests are taken and can be begun; 503 once the server is being stopped, or while no engine is there."""
         desk.gate.require_open()
+        if not desk.gate.engine.load.able:
+            raise ApiError(503, "no engine is ready; they are being started", code="starting")
         return {"status": "ready"}
 
     @router.get("/metrics", response_class=Response)

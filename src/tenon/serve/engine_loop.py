@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import queue
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -42,8 +43,13 @@ class EngineLoop:
         read: ReadFiles,
         deliver: Deliver,
         guides: Guides[Any] | None = None,
+        on_start: Callable[[Job], None] | None = None,
+        on_turn: Callable[[], None] | None = None,
     ) -> None:
-        """guides: for requests with a grammar; None where there are none."""
+        """guides: for requests with a grammar; None where there are none. on_start: told when a job has got its place,
+        and again when it had given it back. on_turn: called after every pass, and after every `wake`. Both by the
+        thread that runs.
+        """
         self.limits = limits
         cache = KvCache(
             decoder.facts,
@@ -58,6 +64,7 @@ class EngineLoop:
             bank,
             cache=cache,
             pass_tokens=limits.pass_tokens,
+            on_start=None if on_start is None else lambda index: on_start(self._running[index]),
             on_token=self._on_token,
             on_finish=self._on_finish,
             on_failure=self._on_failure,
@@ -67,7 +74,7 @@ class EngineLoop:
         self._inbox: queue.SimpleQueue[Job | _Cancel | Literal["wake", "stop"]] = queue.SimpleQueue()
         self._residency = Residency(bank, slots=limits.slots, read=read, on_read=lambda: self._inbox.put("wake"))
         self._compiling = Compiling(guides, on_done=lambda: self._inbox.put("wake"))
-        self._deliver = deliver
+        self._deliver, self._on_turn = deliver, on_turn
         self._parked: list[Job] = []
         self._running: dict[int, Job] = {}
         self._numbers = itertools.count()
@@ -92,6 +99,10 @@ class EngineLoop:
     def cancel(self, job: Job) -> None:
         """End a job before the next pass: its place in the cache is free then. Harmless when it has ended."""
         self._inbox.put(_Cancel(job))
+
+    def wake(self) -> None:
+        """Have a turn made, also when there is nothing to do: whoever hears of it knows that the engine is well."""
+        self._inbox.put("wake")
 
     def stop(self) -> None:
         """Let `run` return before its next pass; what runs then is failed."""
@@ -199,6 +210,8 @@ class EngineLoop:
         if self._letters:
             letters, self._letters = self._letters, []
             self._deliver(letters)
+        if self._on_turn is not None:
+            self._on_turn()
 
     def _fail_all(self) -> None:
         """Tell every job that nothing more will come."""

@@ -85,7 +85,8 @@ class Load:
     """How busy the engine is: sequences that have a place, that wait for one, and that wait for their adapter.
 
     cache_used: share of the cache that sequences hold. prefix_hit_tokens: tokens of prompts that were not computed
-    again, since the start; preemptions: how often a sequence gave up its place when the cache was full.
+    again, since the start; preemptions: how often a sequence gave up its place when the cache was full. able: whether
+    anything could be begun now; where engines are processes of their own, all may be starting.
     """
 
     running: int = 0
@@ -94,6 +95,7 @@ class Load:
     cache_used: float = 0.0
     prefix_hit_tokens: int = 0
     preemptions: int = 0
+    able: bool = True
 
 
 class Engines(Protocol):

@@ -5,6 +5,7 @@ This module does not know HTTP, how answers are made, nor screens.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -57,6 +58,11 @@ class Serving:
         """Its events as they come, until it has ended."""
         return self.worker.events()
 
+    def replace_replicas(self) -> None:
+        """Have every replica replaced by a new one, one after the other."""
+        with suppress(ProcessLookupError):
+            os.kill(self.worker.pid, signal.SIGUSR1)
+
     def finish(self) -> None:
         """Wait for its end. Being stopped is its good end. Raises what the worker raised."""
         with suppress(StopRequestedError):
@@ -69,7 +75,8 @@ def stopped_by_signals(serving: Serving, on_stop: Callable[[bool], None]) -> Ite
     """SIGTERM, SIGHUP and Ctrl-C let the server finish what runs; only a second Ctrl-C ends it at once.
 
     A second SIGTERM changes nothing: supervisors send it to a whole group, and some of them twice. on_stop: told of the
-    first stop (True), and of the end at once; called in the signal handler. Main thread only.
+    first stop (True), and of the end at once; called in the signal handler. SIGUSR1 replaces the replicas. Main thread
+    only.
     """
 
     def handler(number: int, _frame: FrameType | None) -> None:
@@ -78,8 +85,12 @@ def stopped_by_signals(serving: Serving, on_stop: Callable[[bool], None]) -> Ite
             serving.worker.stop()
             on_stop(first)
 
+    def roll(_number: int, _frame: FrameType | None) -> None:
+        serving.replace_replicas()
+
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, handler) for number in numbers}
+    before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, roll)
     try:
         yield
     finally:

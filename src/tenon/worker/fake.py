@@ -22,6 +22,7 @@ from tenon.plan.requests import (
     ChatStart,
     ChatTurn,
     CheckRequest,
+    EngineRequest,
     EvaluateRequest,
     GenerateRequest,
     InspectRequest,
@@ -34,6 +35,9 @@ from tenon.runs.machine import MachineRecord
 from tenon.runs.nvml import gpu_lost
 from tenon.runs.results import Example, Metric, Result
 from tenon.runs.telemetry import end_as_failed
+from tenon.serve.engine_process import EngineProcess
+from tenon.serve.fake_engine import FakeEngine
+from tenon.serve.jobs import Limits
 from tenon.settings import Settings
 from tenon.worker.loop import Emit, work
 
@@ -106,6 +110,20 @@ class FakePipeline:
         with suppress(StopRequestedError):
             while True:
                 time.sleep(STEP_SECONDS)
+
+    def engine(self, request: EngineRequest, lines: Iterator[str], emit: Emit, _settings: Settings, /) -> None:
+        """Answer jobs without arithmetic: see `FakeEngine`."""
+        process = EngineProcess(emit)
+        limits = Limits(request.rows, request.context_tokens, request.cache_bytes, 1, request.slots)
+        engine = FakeEngine(
+            limits=limits,
+            deliver=process.deliver,
+            on_start=process.on_start,
+            on_turn=process.on_turn,
+            pass_seconds=STEP_SECONDS,
+        )
+        emit("ready")
+        process.run(engine, lines)
 
     def chat(self, requests: Iterator[ChatRequest], emit: Emit, _settings: Settings, /) -> None:
         """Echo the last message, word by word."""

@@ -3,6 +3,7 @@
     train RUN_FOLDER         events go to the run folder's events.jsonl; the plan is in the folder
     evaluate|generate|inspect|check|serve REQUEST.json
     chat REQUESTS.jsonl      one request a line: a ChatStart, then ChatTurns
+    engine -                 an EngineRequest, then jobs, a line each (tenon.serve.job_lines)
 
 TARGET `-` reads the request from standard input (for train the target is always a folder). Standard output carries
 events as JSON lines and nothing else: whatever a library prints goes to standard error, which the light side keeps as a
@@ -33,6 +34,7 @@ from tenon.plan.requests import (
     ChatStart,
     ChatTurn,
     CheckRequest,
+    EngineRequest,
     EvaluateRequest,
     GenerateRequest,
     InspectRequest,
@@ -41,7 +43,7 @@ from tenon.plan.requests import (
 from tenon.settings import Settings, read_settings
 from tenon.values import Value
 
-KINDS = ("train", "evaluate", "generate", "inspect", "check", "serve", "chat")
+KINDS = ("train", "evaluate", "generate", "inspect", "check", "serve", "chat", "engine")
 _V = TypeVar("_V", bound=Value)
 
 
@@ -67,6 +69,8 @@ class Pipeline(Protocol):
     def serve(self, request: ServeRequest, emit: Emit, settings: Settings, /) -> None: ...
 
     def chat(self, requests: Iterator[ChatRequest], emit: Emit, settings: Settings, /) -> None: ...
+
+    def engine(self, request: EngineRequest, lines: Iterator[str], emit: Emit, settings: Settings, /) -> None: ...
 
 
 class Channel:
@@ -105,7 +109,7 @@ def work(argv: Sequence[str], load_pipeline: Callable[[], Pipeline]) -> int:
     _listen_to_signals(kind, channel)
     try:
         request = _first_request(kind, target)
-        if "--watch" in argv and kind != "chat":
+        if "--watch" in argv and kind not in ("chat", "engine"):  # these read their input, and see its end
             threading.Thread(target=_stop_at_end_of_input, name="watch", daemon=True).start()
         pipeline = load_pipeline()
         settings = read_settings()
@@ -114,6 +118,8 @@ def work(argv: Sequence[str], load_pipeline: Callable[[], Pipeline]) -> int:
                 pipeline.train(Path(target), settings)
             elif kind == "chat":
                 pipeline.chat(_chat_requests(request, target, channel), channel.emit, settings)
+            elif kind == "engine":
+                pipeline.engine(_parse(EngineRequest, request), sys.stdin, channel.emit, settings)
             else:
                 _answer(kind, request, pipeline=pipeline, channel=channel, settings=settings)
     except TenonError as error:
@@ -176,7 +182,8 @@ def _parse(request_type: type[_V], text: str) -> _V:
 def _listen_to_signals(kind: str, channel: Channel) -> None:
     """SIGTERM and Ctrl-C stop the work. Training replaces these handlers once it has something to save.
 
-    In a conversation Ctrl-C ends the answer, not the worker, and SIGTERM ends it at once: nothing is lost.
+    In a conversation Ctrl-C ends the answer, not the worker, and SIGTERM ends it at once: nothing is lost. An engine
+    heeds neither, since supervisors send them to every process of a server: its front says when it may end.
     """
 
     def stop(_number: int, _frame: FrameType | None) -> None:
@@ -185,6 +192,10 @@ def _listen_to_signals(kind: str, channel: Channel) -> None:
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         channel.interrupted = True
 
+    if kind == "engine":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return
     if kind == "chat":
         signal.signal(signal.SIGINT, interrupt)
         return
