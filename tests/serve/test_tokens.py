@@ -81,3 +81,11 @@ def test_names_need_a_right(house: House, tmp_path: Path) -> None:
         assert running.ask("/tokenize", {"prompt": "x"})[0] == 401
         for body, status in (({"prompt": "x", "model": "low"}, 200), ({"prompt": "x"}, 403)):
             assert running.ask("/tokenize", body, key=typed)[0] == status
+
+
+def test_the_special_tokens_are_told(house: House, running: Running) -> None:
+    tokenizer = house.renderer.tokenizer
+    for path in ("/tokenizer_info", "/v1/tokenizer_info"):
+        status, found = running.ask(path)
+        assert status == 200 and found["eos_token"] == tokenizer.named_tokens["eos_token"]
+        assert found["chat_template"] == tokenizer.chat_template and found["pad_token"] is None

@@ -1,5 +1,6 @@
-"""POST /tokenize and /detokenize, in vLLM's form: what a prompt or a conversation is to the base. They cost no tokens.
+"""/tokenize, /detokenize and /tokenizer_info, in vLLM's form: what a prompt or a conversation is to the base.
 
+lm-eval counts with them where it has no tokenizer of its own. They cost no tokens.
 This module does not know how prompts are answered.
 """
 
@@ -68,6 +69,16 @@ class Detokenized(BaseModel):
     prompt: str
 
 
+class TokenizerInfo(BaseModel):
+    """GET /tokenizer_info: texts of the named special tokens, and the template of chats."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
+
+
 def token_routes(desk: Desk) -> APIRouter:
     """The routes over one server, with and without `/v1` before them."""
     router = APIRouter(tags=["tokens"])
@@ -94,6 +105,21 @@ def token_routes(desk: Desk) -> APIRouter:
         desk.require_known(body.tokens, "tokens")
         text = await asyncio.to_thread(renderer.tokenizer.decode, body.tokens, keep_special=True)
         return Detokenized(prompt=text)
+
+    @router.get("/v1/tokenizer_info", response_model=TokenizerInfo)
+    @router.get("/tokenizer_info", response_model=TokenizerInfo)
+    async def tokenizer_info(request: Request) -> TokenizerInfo:
+        """The special tokens of the base, and its chat template."""
+        tokenizer = (await _renderer(desk, None, request)).tokenizer
+        named = tokenizer.named_tokens
+        eos = None if tokenizer.eos_id is None else tokenizer.backend.id_to_token(tokenizer.eos_id)
+        return TokenizerInfo(
+            bos_token=named.get("bos_token"),
+            eos_token=eos,
+            pad_token=named.get("pad_token"),
+            unk_token=named.get("unk_token"),
+            chat_template=tokenizer.chat_template,
+        )
 
     return router
 
