@@ -4,6 +4,10 @@ Every prompt is asked of the base and of each adapter, from vLLM (16 sequences a
 Tenon's engine in one mixed batch. Then Tenon scores vLLM's answers token by token, so that all of them are compared,
 also after a place where the two part; and both score the prompts themselves.
 
+vLLM on a CPU answers for the bare base with whatever its last slot holds. So it has one slot more than adapters here;
+then one more adapter is loaded, and the base is asked again: as it is, and through an adapter of zeros, which is how
+`tenon serve --engine vllm` asks it.
+
 Where they part, the two tokens' distance in log probability says whether that is a tie: each side's numbers are right
 to within BOUND, so tokens that are closer than twice that may come in either order.
 
@@ -19,6 +23,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from dataclasses import replace as changed
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -26,8 +31,8 @@ import orjson
 import torch
 
 from benchmarks.report import Row, at_least, at_most, write
-from benchmarks.serving_adapters import BASE, Made, make_adapters, read_prompts
-from benchmarks.serving_vllm import Vllm, vllm_server, vllm_versions
+from benchmarks.serving_adapters import BASE, RANKS, Made, make_adapters, read_prompts
+from benchmarks.serving_vllm import Vllm, load, vllm_server, vllm_versions
 from tenon.adapters.bank import AdapterBank
 from tenon.adapters.peft_files import load_adapter, read_adapter
 from tenon.bases.locate import locate_base
@@ -38,12 +43,13 @@ from tenon.infer.requests import Completion, Request
 from tenon.models.decoder import Decoder
 from tenon.models.load import load_decoder
 from tenon.models.prepare import prepare_base
+from tenon.serve.vllm_adapters import NOTHING, write_nothing
 from tenon.serve.vllm_process import BASE_NAME
 from tenon.serve.vllm_requests import Reading, completion_body
 from tenon.service.bases import describe_base
 from tenon.settings import Settings, read_settings
 
-PROMPTS, NEW_TOKENS, THREADS, BOUND = 16, 48, 2, 1e-3
+PROMPTS, NEW_TOKENS, THREADS, BOUND = 16, 32, 2, 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +81,14 @@ def main(words: Sequence[str] | None = None) -> None:
         raise SystemExit(f"{a.data} has no train.csv of banking77: give its folder with --data")
     with tempfile.TemporaryDirectory() as scratch:
         settings = read_settings({"TENON_HOME": f"{scratch}/home", "TENON_CACHE": str(read_settings().cache)})
-        made = make_adapters(Path(scratch) / "adapters", settings=settings)
+        *made, last = make_adapters(Path(scratch) / "adapters", ranks=(*RANKS, RANKS[-1]), settings=settings)
         folder = prepare_base(locate_base(BASE, settings), settings)
         asked = make_requests(folder, made, read_prompts(a.data, PROMPTS), a.tokens)
-        theirs, versions = ask_vllm(folder, made, asked), vllm_versions()
+        nothing = write_nothing(Path(scratch), describe_base(BASE, settings).facts)
+        theirs, full = ask_vllm(folder, made, asked, last=last.folder, nothing=nothing, threads=a.threads)
         found = compare(folder, made, asked, theirs, settings)
-    rows = as_rows(found)
+    rows = [*as_rows(found), *full]
+    versions = vllm_versions()
     path = write("serve_oracle", rows, versions=versions)
     for row in rows:
         print(f"{row.what}: {row.value:.3g} {row.unit}{f' ({row.bound})' if row.bound else ''}")
@@ -91,6 +99,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of banking77's train.csv")
+    parser.add_argument("--threads", type=int, default=THREADS, help="of each engine")
     parser.add_argument("--tokens", type=int, default=NEW_TOKENS, help="of each answer")
     return parser.parse_args(words)
 
@@ -104,13 +113,32 @@ def make_requests(folder: Path, made: Sequence[Made], prompts: Sequence[str], to
     return [Asked(subject, Request(prompt, **fields)) for prompt in ids for subject in subjects]
 
 
-def ask_vllm(folder: Path, made: Sequence[Made], asked: Sequence[Asked]) -> list[Completion]:
-    """vLLM's answers, through what serving asks it with."""
+def ask_vllm(
+    folder: Path, made: Sequence[Made], asked: Sequence[Asked], *, last: Path, nothing: Path, threads: int
+) -> tuple[list[Completion], list[Row]]:
+    """vLLM's answers, through what serving asks it with; and what becomes of the base's once its last slot is taken."""
+    adapters = {one.name: one.folder for one in made} | {NOTHING: nothing}
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"}
     with (
-        vllm_server(folder, {one.name: one.folder for one in made}, threads=THREADS) as vllm,
+        vllm_server(
+            folder, adapters, threads=threads, slots=len(adapters) + 1, pass_tokens=64, environment=environment
+        ) as vllm,
         ThreadPoolExecutor(max_workers=16) as pool,
     ):
-        return list(pool.map(lambda one: ask_one(vllm, one), asked))
+        answers = list(pool.map(partial(ask_one, vllm), asked))
+        load(vllm, "last", last)
+        bare = [one for one in asked if one.subject == BASE_NAME]
+        before = [answer.ids for one, answer in zip(asked, answers, strict=True) if one.subject == BASE_NAME]
+        zeros = [changed(one, subject=NOTHING) for one in bare]
+        again = {
+            name: [answer.ids for answer in pool.map(partial(ask_one, vllm), requests)]
+            for name, requests in ((BASE_NAME, bare), (NOTHING, zeros))
+        }
+    differ = {name: sum(a != b for a, b in zip(before, ids, strict=True)) for name, ids in again.items()}
+    return answers, [
+        Row("answers of the base that vLLM changes once its last slot is taken", differ[BASE_NAME], "answers"),
+        at_most("the same, when the base is asked through an adapter of zeros", differ[NOTHING], "answers", 0),
+    ]
 
 
 def ask_one(vllm: Vllm, one: Asked) -> Completion:

@@ -65,14 +65,17 @@ def vllm_server(
     context_tokens: int = 4096,
     cache_bytes: int = 2 << 30,
     max_rank: int = 64,
+    slots: int | None = None,
+    pass_tokens: int = 2048,
     environment: Mapping[str, str] | None = None,
     extra: tuple[str, ...] = (),
     patience_seconds: float = 1800.0,
 ) -> Iterator[Vllm]:
     """base: a folder in Hugging Face's layout (`prepare_base`). adapters: PEFT folders by name, loaded at the start.
 
-    environment: in addition, to how vLLM sets itself up. extra: further words of its command line. Its log is shown
-    when it does not start.
+    slots: of vLLM, as many as adapters by default. On a CPU it answers for the bare base with what its last slot holds
+    (0.32), so one more is needed where the base is asked. environment: in addition, to how vLLM sets itself up. extra:
+    further words of its command line. Its log is shown when it does not start.
     """
     with tempfile.TemporaryDirectory() as scratch:
         launch = Launch(
@@ -83,7 +86,8 @@ def vllm_server(
             dtype=dtype,
             context_tokens=context_tokens,
             rows=rows,
-            slots=max(len(adapters), 1),
+            slots=slots or max(len(adapters), 1),
+            pass_tokens=pass_tokens,
             max_rank=rank_for(max_rank) or max_rank,
             cache_bytes=cache_bytes,
             extra=extra,
@@ -91,8 +95,10 @@ def vllm_server(
         process = VllmProcess.start(launch)
         try:
             process.wait_until_ready(lambda _seconds: None, patience_seconds=patience_seconds)
-            _load(process, adapters)
-            yield Vllm(f"{process.url}/v1", process.headers["Authorization"].removeprefix("Bearer "), process.pid)
+            vllm = Vllm(f"{process.url}/v1", process.headers["Authorization"].removeprefix("Bearer "), process.pid)
+            for name, folder in adapters.items():
+                load(vllm, name, folder)
+            yield vllm
         except BaseException:
             print(launch.log.read_text("utf-8", "replace")[-8000:])
             raise
@@ -100,11 +106,15 @@ def vllm_server(
             process.end()
 
 
-def _load(process: VllmProcess, adapters: Mapping[str, Path]) -> None:
-    with httpx.Client(base_url=process.url, headers=process.headers, timeout=300, trust_env=False) as client:
-        for name, folder in adapters.items():
-            assert name != BASE_NAME
-            body = {"lora_name": name, "lora_path": str(folder)}
-            answer = client.post("/v1/load_lora_adapter", json=body)
-            if answer.status_code != 200:
-                raise SystemExit(f"vLLM does not take {name}: {answer.text}")
+def load(vllm: Vllm, name: str, folder: Path) -> None:
+    """One more adapter."""
+    assert name != BASE_NAME
+    answer = httpx.post(
+        f"{vllm.url}/load_lora_adapter",
+        json={"lora_name": name, "lora_path": str(folder)},
+        headers={"Authorization": f"Bearer {vllm.key}"},
+        timeout=300,
+        trust_env=False,
+    )
+    if answer.status_code != 200:
+        raise SystemExit(f"vLLM does not take {name}: {answer.text}")

@@ -15,6 +15,7 @@ from tenon.adapters.peft_files import read_adapter
 from tenon.errors import StopRequestedError
 from tenon.infer.requests import Completion, Token
 from tenon.serve.jobs import Ended, Failed
+from tenon.serve.vllm_adapters import NOTHING
 from tests.serve.house import House, wait_until
 from tests.serve.vllm_house import Foreign, foreign
 
@@ -130,6 +131,22 @@ def test_an_adapter_is_given_once_under_its_hash(house: House, tmp_path: Path) -
             assert all((a == b).all() for a, b in zip(pair, mine.matrices[site], strict=True))
         assert running.engines.resident == {line["name"] for line in given} and running.engines.loads == 2
     assert not (tmp_path / "adapters").exists()
+
+
+def test_where_vllm_mixes_the_base_up_it_is_asked_through_an_adapter_of_zeros(house: House, tmp_path: Path) -> None:
+    with foreign(house, tmp_path, base_by_adapter=True, slots=2) as running:
+        boxes = [running.ask([50])[1] for _ in range(2)] + [running.ask([50], "low")[1], running.ask([50], "high")[1]]
+        assert [completion(box.end()).ids[0] for box in boxes] == [51, 51, 52, 57]
+        zeros, *others = running.asked("load")
+        assert zeros["name"] == NOTHING and len(others) == 2
+        warm_up, *asked = running.asked("completions")
+        assert warm_up["model"] == "base" and all(body["model"] != "base" for body in asked)
+        matrices = read_adapter(Path(zeros["path"])).matrices
+        assert len(matrices) == 1 and not any(matrix.any() for pair in matrices.values() for matrix in pair)
+        assert NOTHING not in running.engines.resident and running.engines.loads == 2
+        os.kill(running.process.pid, signal.SIGKILL)
+        wait_until(lambda: "vLLM runs again" in running.told, seconds=20)
+        assert completion(running.ask([50])[1].end()).ids[0] == 51
 
 
 def test_the_longest_idle_one_makes_room(house: House, tmp_path: Path) -> None:

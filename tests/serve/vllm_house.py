@@ -106,7 +106,9 @@ def deliver(letters: list[tuple[Mailbox, Event]], /) -> None:
 
 
 @contextmanager
-def foreign(house: House, folder: Path, *, patience_seconds: float = 0.3, **changes: Any) -> Iterator[Foreign]:
+def foreign(
+    house: House, folder: Path, *, patience_seconds: float = 0.3, base_by_adapter: bool = False, **changes: Any
+) -> Iterator[Foreign]:
     """Engines over a stand-in. changes: see `make_launch`."""
     launch = make_launch(house, folder, **changes)
     told: list[str] = []
@@ -119,9 +121,10 @@ def foreign(house: House, folder: Path, *, patience_seconds: float = 0.3, **chan
     adapters = VllmAdapters(
         folder / "adapters",
         house.base.facts,
-        slots=launch.slots,
+        slots=launch.slots - base_by_adapter,
         max_rank=launch.max_rank,
         read=AdapterReader(house.registry),
+        base_by_adapter=base_by_adapter,
         patience_seconds=patience_seconds,
     )
     limits = Limits(launch.rows, CONTEXT, launch.cache_bytes, 64, launch.slots)

@@ -38,7 +38,8 @@ from tenon.units import format_bytes
 
 # Room for adapters of the ranks that are common, also where none is registered yet.
 _LEAST_RANK = 64
-_PASS_TOKENS = {"cpu": 512, "cuda": 8192}
+# On a CPU vLLM copies an adapter's matrices once for every token of a pass.
+_PASS_TOKENS = {"cpu": 64, "cuda": 8192}
 # vLLM's largest block of keys and values: a sequence may need one that it hardly uses.
 _BLOCK_TOKENS = 128
 _NAMES: dict[str, Dtype] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -55,6 +56,7 @@ def foreign_engines(
         known = ", ".join(TESTED)
         text = f"vLLM {engine.version} is not one that Tenon was tested with ({known}): see docs/vllm.md"
         emit("warning", code="plan-engine-untested", text=text)
+    on_cpu = request.engine.machine.device == "cpu"
     limits, quantised = _limits(request), _quantised(request)
     emit("phase", name="base", detail=request.engine.base.spec)
     folder = find_base(request.engine.base, settings)
@@ -67,7 +69,7 @@ def foreign_engines(
         dtype=_NAMES[request.engine.precision],
         context_tokens=limits.context_tokens,
         rows=limits.rows,
-        slots=limits.slots,
+        slots=limits.slots + on_cpu,
         max_rank=_room_for_ranks(request, settings),
         cache_bytes=limits.cache_bytes,
         pass_tokens=limits.pass_tokens,
@@ -88,6 +90,7 @@ def foreign_engines(
         slots=limits.slots,
         max_rank=launch.max_rank,
         read=AdapterReader(Registry(settings.registry)),
+        base_by_adapter=on_cpu,
     )
 
     def tell(text: str) -> None:

@@ -1,6 +1,7 @@
 """Which adapters a vLLM server has: a bounded number, under their digests, the longest idle one given up.
 
     FOLDER/<digest>/adapter_config.json, adapter_model.safetensors      what vLLM reads: written from what was checked
+    FOLDER/nothing/…                                                    an adapter of zeros: see `using`
 
 A name is never used for other weights, so that nothing vLLM remembers of one is ever wrong. When all places are taken
 by adapters that are in use without a pause, the one that has been there for longest takes no new sequences once
@@ -23,12 +24,14 @@ from pathlib import Path
 import httpx
 import torch
 
-from tenon.adapters.bank import Slot
+from tenon.adapters.bank import SiteShape, Slot, SlotShape
 from tenon.adapters.peft_files import AdapterFiles, fill_slot, write_adapter
-from tenon.bases.facts import ModelFacts
+from tenon.bases.facts import MODULE_PATHS, ModelFacts, site_name
 from tenon.errors import AdapterError
 from tenon.serve.jobs import AdapterRef
+from tenon.serve.vllm_process import BASE_NAME
 
+NOTHING = "nothing"
 ReadFiles = Callable[[AdapterRef], AdapterFiles]
 
 
@@ -57,11 +60,18 @@ class VllmAdapters:
         slots: int,
         max_rank: int,
         read: ReadFiles,
+        base_by_adapter: bool = False,
         patience_seconds: float = 2.0,
     ) -> None:
-        """folder: of its own, emptied by `clear`. max_rank: what vLLM was started for. read: raises AdapterError."""
+        """folder: of its own, emptied by `clear`. max_rank: what vLLM was started for. read: raises AdapterError.
+
+        base_by_adapter: ask the bare base through an adapter of zeros, for which vLLM has one slot more than `slots`.
+        vLLM on a CPU (0.32) computes tokens without an adapter with whatever adapter its last slot holds.
+        """
         self._folder, self._facts, self._slots, self._max_rank = folder, facts, slots, max_rank
         self._read, self._patience_seconds = read, patience_seconds
+        self._base_by_adapter = base_by_adapter
+        self._nothing: asyncio.Future[None] | None = None
         self._places: dict[str, _Place] = {}
         self._waiting: deque[asyncio.Event] = deque()
         self._clock = itertools.count(1)
@@ -69,11 +79,14 @@ class VllmAdapters:
         self.loads = 0
 
     @asynccontextmanager
-    async def using(self, adapter: AdapterRef, client: httpx.AsyncClient) -> AsyncIterator[str]:
-        """vLLM's name for the adapter, which it keeps as long as the context lasts.
+    async def using(self, adapter: AdapterRef | None, client: httpx.AsyncClient) -> AsyncIterator[str]:
+        """vLLM's name for the adapter (None: the bare base), which it keeps as long as the context lasts.
 
         Raises AdapterError when its files are refused, by us or by vLLM; httpx.TransportError when vLLM is gone.
         """
+        if adapter is None:
+            yield await self._base(client)
+            return
         place = await self._place(adapter, client)
         place.users += 1
         place.used = next(self._clock)
@@ -88,12 +101,29 @@ class VllmAdapters:
     def forget(self) -> None:
         """vLLM is gone, and what it had with it. What is being loaded fails by itself."""
         self._places.clear()
+        self._nothing = None
         self.resident = frozenset()
         self._wake()
 
     def clear(self) -> None:
         """Remove all that was written for vLLM."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _base(self, client: httpx.AsyncClient) -> str:
+        """vLLM's name for the bare base."""
+        if not self._base_by_adapter:
+            return BASE_NAME
+        if self._nothing is None:
+            self._nothing = asyncio.ensure_future(
+                self._give(NOTHING, lambda: write_nothing(self._folder, self._facts), NOTHING, client)
+            )
+        giving = self._nothing
+        try:
+            await asyncio.shield(giving)
+        finally:
+            if self._nothing is giving and giving.done() and giving.exception() is not None:
+                self._nothing = None  # whoever comes next tries again
+        return NOTHING
 
     async def _place(self, adapter: AdapterRef, client: httpx.AsyncClient) -> _Place:
         """The adapter's place, made if need be. Those who wait for one come in the order in which they asked."""
@@ -161,12 +191,16 @@ class VllmAdapters:
         return len(self._places) < self._slots
 
     async def _load(self, adapter: AdapterRef, client: httpx.AsyncClient) -> None:
-        folder = await asyncio.to_thread(self._write, adapter)
-        answer = await client.post("/v1/load_lora_adapter", json={"lora_name": adapter.key, "lora_path": str(folder)})
+        await self._give(adapter.key, lambda: self._write(adapter), adapter.label, client)
+
+    async def _give(self, name: str, write: Callable[[], Path], label: str, client: httpx.AsyncClient) -> None:
+        """Write an adapter's files and have vLLM load them. label: what to call it when that is refused."""
+        folder = await asyncio.to_thread(write)
+        answer = await client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(folder)})
         if answer.status_code != 200:
             raise AdapterError(
                 "adapter-engine",
-                f"vLLM does not take {adapter.label}",
+                f"vLLM does not take {label}",
                 got=answer.text[:300],
                 hint="serve it with Tenon's own engine (without --engine vllm)",
             )
@@ -181,17 +215,29 @@ class VllmAdapters:
                 f"{adapter.label} has rank {rank}, and this server's vLLM was started for ranks up to {self._max_rank}",
                 hint="start the server again: it makes room for the highest rank that is registered",
             )
-        slot = Slot(
-            adapter.label, files.shape, self._facts, trained=False, dtype=torch.float32, device=torch.device("cpu")
-        )
+        slot = _slot(adapter.label, files.shape, self._facts)
         fill_slot(slot, files)
         folder = self._folder / adapter.key
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        write_adapter(folder, slot, base="base")
+        write_adapter(folder, slot, base=BASE_NAME)
         return folder
 
     def _wake(self) -> None:
         """Let those who wait look again, in the order in which they came."""
         for turn in self._waiting:
             turn.set()
+
+
+def write_nothing(parent: Path, facts: ModelFacts) -> Path:
+    """An adapter of zeros in a folder under parent: who has it says what the base says, bit for bit."""
+    shape = SlotShape({site_name(0, next(iter(MODULE_PATHS))): SiteShape(rank=1, scale=1.0)})
+    folder = parent / NOTHING
+    folder.mkdir(parents=True, exist_ok=True)
+    write_adapter(folder, _slot(NOTHING, shape, facts), base=BASE_NAME)
+    return folder
+
+
+def _slot(name: str, shape: SlotShape, facts: ModelFacts) -> Slot:
+    """A slot of zeros on this machine's CPU."""
+    return Slot(name, shape, facts, trained=False, dtype=torch.float32, device=torch.device("cpu"))

@@ -25,7 +25,7 @@ import orjson
 from tenon.errors import RunError, StopRequestedError, TenonError
 from tenon.serve.jobs import Deliver, Ended, Event, Failed, Job, Limits, Load, Mailbox
 from tenon.serve.vllm_adapters import VllmAdapters
-from tenon.serve.vllm_process import BASE_NAME, VllmProcess, exit_text
+from tenon.serve.vllm_process import VllmProcess, exit_text
 from tenon.serve.vllm_requests import Reading, completion_body, refusal
 
 _TRIES = 3
@@ -205,8 +205,6 @@ class VllmEngines:
 
     async def _name(self, up: _Up, job: Job, kept: AsyncExitStack) -> str:
         """What vLLM calls who is to answer; an adapter is there from now on, until `kept` is closed."""
-        if job.adapter is None:
-            return BASE_NAME
         self._parked += 1
         try:
             return await kept.enter_async_context(self._adapters.using(job.adapter, up.client))
