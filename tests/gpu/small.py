@@ -46,8 +46,11 @@ def small_decoder(
     fuse: bool,
     kind: FrozenKind = "dense",
     ride_rank: int = 0,
+    shelf_rank: int = 0,
 ) -> Decoder:
-    decoder = Decoder(facts, dtype=dtype, device=device, fuse=fuse, kind=kind, ride_rank=ride_rank)
+    decoder = Decoder(
+        facts, dtype=dtype, device=device, fuse=fuse, kind=kind, ride_rank=ride_rank, shelf_rank=shelf_rank
+    )
     decoder.load_tensors(weights(facts))
     if not fuse:
         decoder.use_plain()

@@ -34,11 +34,6 @@ class Shelf:
         self._rooms: dict[object, _Room] = {}
         self._starts: dict[int, int] = {}
 
-    @property
-    def used(self) -> int:
-        """Ranks up to the end of the last slot's."""
-        return max((room.stop for room in self._rooms.values()), default=0)
-
     def holds(self, number: int) -> bool:
         """Whether a slot's A lie there."""
         return number in self._starts

@@ -36,22 +36,35 @@ class BankTables:
     """The tables of one bank over one decoder, with the decoder's shelf where it has one."""
 
     def __init__(self, bank: AdapterBank, decoder: Decoder) -> None:
-        self.bank, self._most_shelved = bank, decoder.shelf_rank
+        self.bank, self._shelved_ranks = bank, decoder.shelf_rank
         self._shelf = Shelf(decoder) if decoder.shelf_rank else None
         self._shelved = SiteTables(bank.facts, bank.device)
 
     def kind(self, slots: Collection[int]) -> TableKind:
         """What the next pass with these slots needs; its tables and the shelf are up to date then."""
+        self._fill()
+        if all(slot == NO_SLOT for slot in slots):
+            return BARE
+        if self._shelf is not None and all(slot == NO_SLOT or self._shelf.holds(slot) for slot in slots):
+            return self._on_shelf()
+        return self._apart()
+
+    def usual(self) -> TableKind:
+        """What most passes with adapters will need."""
+        self._fill()
+        return self._apart() if self._shelf is None else self._on_shelf()
+
+    def _fill(self) -> None:
         if self.bank.fill_tables() and self._shelf is not None:
             self._shelf.update(self.bank.slots)
             self._shelved.fill(self.bank.slots, self.bank.table_slots, self._shelf.shift)
-        if all(slot == NO_SLOT for slot in slots):
-            return BARE
-        rank = class_size(max(slot.most_rank for slot in self.bank.slots.values()))
-        if self._shelf is not None and all(slot == NO_SLOT or self._shelf.holds(slot) for slot in slots):
-            shelved = min(class_size(self._shelf.used), self._most_shelved)
-            return TableKind(shelved=shelved, moves=self._shelved.moves)
-        return TableKind(rank=rank, moves=self.bank.tables.moves)
+
+    def _on_shelf(self) -> TableKind:
+        return TableKind(shelved=self._shelved_ranks, moves=self._shelved.moves)
+
+    def _apart(self) -> TableKind:
+        widest = max((slot.most_rank for slot in self.bank.slots.values()), default=0)
+        return TableKind(rank=class_size(widest), moves=self.bank.tables.moves)
 
     def of(self, kind: TableKind) -> TableBank:
         """The bank for passes of a kind."""

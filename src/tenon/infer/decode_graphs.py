@@ -63,11 +63,11 @@ class DecodeGraphs:
         return len(passing) <= self._buckets[-1] and all(len(taken.ids) == 1 for taken in passing)
 
     def record_all(self) -> None:
-        """Record every bucket now, for the bare base and the slots that there are, so that no request waits for it."""
-        slots = () if self._tables is None else self._tables.bank.slots.keys()
+        """Record every bucket now, for the bare base and for adapters, so that no request waits for it."""
         for rows in reversed(self._buckets):
-            for kind in {BARE, self._kind(slots)}:
-                self._graph(rows, kind)
+            self._graph(rows, BARE)
+            if self._tables is not None:
+                self._graph(rows, self._tables.usual())
 
     def run(self, passing: Sequence[Taken]) -> Tensor:
         """Hidden states (rows, D) of one token each, and the tokens are in the cache. Read them before the next run.

@@ -51,11 +51,12 @@ def load_decoder(
     compute_fp8: bool = False,
     fp8_twice: bool = True,
     ride_rank: int = 0,
+    shelf_rank: int = 0,
     sharing: Sharing | None = None,
 ) -> Decoder:
     """A decoder with the folder's weights, converted to `dtype` on `device`, and quantised there, a module at a time.
 
-    kind, compute_fp8, fp8_twice, ride_rank, sharing: see `Decoder`.
+    kind, compute_fp8, fp8_twice, ride_rank, shelf_rank, sharing: see `Decoder`.
 
     Raises: BaseModelError as `read_tensors`, and base-tensor-missing, base-tensor-unexpected, base-tensor-shape.
     """
@@ -67,6 +68,7 @@ def load_decoder(
         compute_fp8=compute_fp8,
         fp8_twice=fp8_twice,
         ride_rank=ride_rank,
+        shelf_rank=shelf_rank,
         sharing=sharing,
     )
     decoder.load_tensors(group_modules(read_tensors(folder)))

@@ -48,13 +48,15 @@ def load_workbench(
     *,
     frozen: Frozen | None = None,
     ride_rank: int = 0,
+    shelf_rank: int = 0,
     ranks: Ranks = ALONE,
     sharing: Sharing | None = None,
 ) -> Workbench:
     """Load the decoder onto the planned device. Raises PlanError plan-device-missing when there is none.
 
-    frozen: what the linear weights are kept in. ride_rank: rank of the one slot that will be trained, else 0. ranks:
-    each has a device of its own, and its part of a CPU's threads. sharing: with whom the layers are shared, if at all.
+    frozen: what the linear weights are kept in. ride_rank: rank of the one slot that will be trained, else 0.
+    shelf_rank: see `Decoder`. ranks: each has a device of its own, and its part of a CPU's threads. sharing: with whom
+    the layers are shared, if at all.
     """
     frozen = frozen or Frozen()
     if machine.device == "cuda" and not torch.cuda.is_available():
@@ -76,6 +78,7 @@ def load_workbench(
         compute_fp8=frozen.fp8_compute,
         fp8_twice=frozen.fp8_twice,
         ride_rank=ride_rank,
+        shelf_rank=shelf_rank,
         sharing=sharing,
     )
     return Workbench(folder, decoder, AdapterBank(base.facts, dtype=dtype, device=device))

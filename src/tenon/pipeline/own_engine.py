@@ -27,11 +27,13 @@ from tenon.units import format_bytes
 
 # Most tokens of one pass: a long prompt must not keep those who wait for their next token.
 _PASS_TOKENS = {"cpu": 256, "cuda": 2048}
+# Ranks of a slot for which the shelf has room: most adapters have no more, and a wider one takes that of others.
+_SHELF_RANK = 16
 
 
 def own_engine(request: ServeRequest, emit: Emit, settings: Settings) -> tuple[Renderer, MakeEngines]:
     """The base in this process, how it is asked, and the engine over it. Raises PlanError plan-cache."""
-    bench, renderer = open_engine(request.engine, settings, emit)
+    bench, renderer = open_engine(request.engine, settings, emit, shelf_rank=_SHELF_RANK * request.slots)
     bench.decoder.pack()
     limits = cache_limits(request, bench.decoder)
     read = AdapterReader(Registry(settings.registry))
@@ -44,7 +46,7 @@ def own_engine(request: ServeRequest, emit: Emit, settings: Settings) -> tuple[R
 
 def run_engine(request: EngineRequest, lines: Iterator[str], emit: Emit, settings: Settings) -> None:
     """Make sequences for a server's front until the lines end. Raises PlanError plan-cache; what loading raises."""
-    bench, renderer = open_engine(request.engine, settings, emit)
+    bench, renderer = open_engine(request.engine, settings, emit, shelf_rank=_SHELF_RANK * request.slots)
     bench.decoder.pack()
     process = EngineProcess(emit)
     engine = EngineLoop(

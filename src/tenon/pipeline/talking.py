@@ -20,11 +20,13 @@ from tenon.plan.requests import ChatRequest, ChatStart, ChatTurn, Engine, Genera
 from tenon.settings import Settings
 
 
-def open_engine(engine: Engine, settings: Settings, emit: Emit) -> tuple[Workbench, Renderer]:
-    """The resident base of a request, and its renderer."""
+def open_engine(engine: Engine, settings: Settings, emit: Emit, *, shelf_rank: int = 0) -> tuple[Workbench, Renderer]:
+    """The resident base of a request, and its renderer. shelf_rank: see `Decoder`."""
     emit("phase", name="base", detail=engine.base.spec)
     folder = find_base(engine.base, settings)
-    bench = load_workbench(folder, engine.base, engine.machine, engine.precision, frozen=engine.frozen)
+    bench = load_workbench(
+        folder, engine.base, engine.machine, engine.precision, frozen=engine.frozen, shelf_rank=shelf_rank
+    )
     return bench, bench.renderer(engine.template)
 
 

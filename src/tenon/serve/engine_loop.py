@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from tenon.adapters.bank import AdapterBank
 from tenon.errors import AdapterError, StopRequestedError, TenonError
+from tenon.infer.decode_graphs import DecodeGraphs
 from tenon.infer.engine import Engine
 from tenon.infer.guides import Guides
 from tenon.infer.requests import Completion, Token
@@ -70,6 +71,7 @@ class EngineLoop:
             on_failure=self._on_failure,
             keep_prefixes=True,
             guides=guides,
+            graphs=_record(decoder, bank, cache, slots=limits.slots),
         )
         self._inbox: queue.SimpleQueue[Job | _Cancel | Literal["wake", "stop"]] = queue.SimpleQueue()
         self._residency = Residency(bank, slots=limits.slots, read=read, on_read=lambda: self._inbox.put("wake"))
@@ -223,3 +225,13 @@ class EngineLoop:
         self._letters += [(job.mailbox, Failed(error)) for job in (*self._running.values(), *self._parked)]
         self._running.clear()
         self._parked.clear()
+
+
+def _record(decoder: Decoder, bank: AdapterBank, cache: KvCache, *, slots: int) -> DecodeGraphs | None:
+    """Recorded passes, all of them now: the first requests are not to wait for it. None where there are none."""
+    if not DecodeGraphs.can_record(decoder):
+        return None
+    bank.keep_room(slots)
+    graphs = DecodeGraphs(decoder, bank, cache)
+    graphs.record_all()
+    return graphs
