@@ -102,6 +102,24 @@ def assert_alike(found: Sequence[Completion], wanted: Sequence[Completion], boun
     assert parted <= len(wanted) // 4, f"{parted} of {len(wanted)} answers went another way"
 
 
+def largest_difference(
+    decoder: Decoder, bank: AdapterBank, requests: Sequence[Request], said: Sequence[Completion]
+) -> float:
+    """Between the log probabilities of what was said and those of one pass over all of it, by training's attention."""
+    rows = [
+        PackRow(
+            request.slot,
+            np.array([*request.prompt_ids, *one.ids], dtype=np.int32),
+            np.array([False] * len(request.prompt_ids) + [True] * len(one.ids)),
+            i,
+        )
+        for i, (request, one) in enumerate(zip(requests, said, strict=True))
+    ]
+    scores = score(decoder, bank, rows, share_prefix=False)
+    pairs = zip(said, scores, strict=True)
+    return max(float(np.abs(np.array(one.logprobs) - scored.logprobs).max()) for one, scored in pairs)
+
+
 @pytest.mark.parametrize("shelf", [0, 32, 128], ids=["no shelf", "a shelf for some", "a shelf for all"])
 def test_recorded_passes_say_what_others_do(device: torch.device, shelf: int) -> None:
     decoder = random_base(device, shelf_rank=shelf)
@@ -125,23 +143,12 @@ def test_quantised_bases(device: torch.device, kind: FrozenKind) -> None:
 def test_what_is_said_is_as_likely_as_without_a_cache(
     device: torch.device, recorded: bool, base: dict[str, Any]
 ) -> None:
-    """Scored in one pass over prompt and answer, by training's attention."""
     decoder = random_base(device, shelf_rank=128, **base)
     bank = make_bank(decoder)
     requests = requests_of(decoder, [NO_SLOT, 0, 1, 2, 3])
     said = answers(decoder, bank, requests, recorded=recorded)
-    rows = [
-        PackRow(
-            request.slot,
-            np.array([*request.prompt_ids, *one.ids], dtype=np.int32),
-            np.array([False] * len(request.prompt_ids) + [True] * len(one.ids)),
-            i,
-        )
-        for i, (request, one) in enumerate(zip(requests, said, strict=True))
-    ]
-    for one, scored in zip(said, score(decoder, bank, rows, share_prefix=False), strict=True):
-        assert len(one.ids) == 40
-        assert float(np.abs(np.array(one.logprobs) - scored.logprobs).max()) <= 0.1
+    assert all(len(one.ids) == 40 for one in said)
+    assert largest_difference(decoder, bank, requests, said) <= 0.1
 
 
 def test_adapters_change_what_is_said(device: torch.device) -> None:
@@ -173,7 +180,7 @@ def test_recorded_passes_serve_slots_that_come_later(device: torch.device, shelf
     assert add_slot(bank, 40, 7) == 0
     after = ask(0)
     assert after.ids != before.ids
-    assert_alike([after], answers(decoder, bank, requests_of(decoder, [0], 1), recorded=False), 0.05)
+    assert largest_difference(decoder, bank, requests_of(decoder, [0], 1), [after]) <= 0.1
     bank.remove(0)
     assert add_slot(bank, 8, 0) == 0
     assert ask(0) == before
