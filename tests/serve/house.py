@@ -32,7 +32,7 @@ from tenon.serve.adapter_files import AdapterReader
 from tenon.serve.engine_loop import EngineLoop
 from tenon.serve.jobs import Deliver, Limits
 from tenon.serve.names import Names
-from tenon.serve.run import Options, Server, address, listen
+from tenon.serve.run import Managing, Options, Server, address, listen
 from tenon.service.bases import describe_base
 from tests.journeys.world import World, make_world
 from tests.plan.situations import CPU as MACHINE
@@ -154,10 +154,12 @@ def make_house(root: Path) -> House:
 def serving(house: House, **changes: Any) -> Iterator[Running]:
     """A server over the house.
 
-    changes: rows, slots, cache_bytes, queue, most_body_bytes, drain_seconds, access, say.
+    changes: rows, slots, cache_bytes, queue, most_body_bytes, drain_seconds, access, say,
+    managing, and fields of Options.
     """
     access: Access | None = changes.pop("access", None)
     say: Callable[[str], None] = changes.pop("say", lambda _text: None)
+    managing: Managing | None = changes.pop("managing", None)
     rows, slots = changes.pop("rows", 4), changes.pop("slots", 2)
     cache_bytes = changes.pop("cache_bytes", 1 << 24)
     limits = Limits(rows, CONTEXT, cache_bytes, pass_tokens=64, slots=slots)
@@ -174,7 +176,16 @@ def serving(house: House, **changes: Any) -> Iterator[Running]:
             read = AdapterReader(house.registry)
             return EngineLoop(house.decoder, bank, limits=limits, read=read, deliver=deliver, guides=grammars)
 
-        server = Server(make_engine, tokenizer, names, listening=listening, options=options, access=access, say=say)
+        server = Server(
+            make_engine,
+            tokenizer,
+            names,
+            listening=listening,
+            options=options,
+            access=access,
+            say=say,
+            managing=managing,
+        )
         server.start()
         worker = threading.Thread(target=server.work)
         worker.start()

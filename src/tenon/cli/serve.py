@@ -63,6 +63,15 @@ def serve(
     engine_options: Annotated[
         str, typer.Option("--engine-options", help="Further options for vLLM, in one word: '--tensor-parallel-size 2'.")
     ] = "",
+    manage: Annotated[
+        int | None,
+        typer.Option(
+            "--manage", metavar="PORT", min=0, max=65535, help="Port of the management API; without it there is none."
+        ),
+    ] = None,
+    manage_host: Annotated[
+        str, typer.Option("--manage-host", help="Address that the management API listens on.")
+    ] = "127.0.0.1",
     log: Annotated[
         str | None,
         typer.Option("--log", metavar="FILE", help="A line of JSON for each request; - for standard output."),
@@ -140,6 +149,8 @@ def serve(
             queue_delay_seconds=queue_delay,
             silence_seconds=silence,
         ),
+        manage_host=manage_host,
+        manage_port=manage,
     )
     if host not in _LOOPBACK and not session.settings.keys.is_file():
         text = f"whoever reaches {host} can use this server: no key is asked for; make one: tenon keys create TENANT"
@@ -196,5 +207,7 @@ def _show_ready(session: Session, event: Event, *, as_json: bool) -> None:
         markup=False,
         soft_wrap=True,
     )
+    if event["manage"] is not None:
+        session.out.print(f"management at {event['manage']}, with a key of its own: tenon keys create NAME --manage")
     command = f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
     session.out.print(command, markup=False, soft_wrap=True)

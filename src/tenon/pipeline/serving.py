@@ -22,17 +22,17 @@ from tenon.serve.connections import Bounds, raise_handles
 from tenon.serve.names import Names
 from tenon.serve.pool import EnginePool
 from tenon.serve.pool_metrics import PoolCollector
-from tenon.serve.run import MakeEngines, Options, Server, address, listen, stopped_by_signals
+from tenon.serve.run import MakeEngines, Managing, Options, Server, address, listen, stopped_by_signals
 from tenon.settings import Settings
 from tenon.tenants.keys import KeyStore
-from tenon.tenants.usage import UsageBook
+from tenon.tenants.usage import UsageBook, UsageReader
 
 
 def serve(request: ServeRequest, emit: Emit, settings: Settings) -> None:
     """Serve until SIGTERM. Raises UsageError usage-address before anything is loaded; PlanError plan-cache; what
     `foreign_engines` and `replica_engines` raise.
     """
-    with listen(request.host, request.port) as listening:
+    with listen(request.host, request.port) as listening, _managing(request, settings) as managing:
         renderer, make_engines = _engines(request, emit, settings)
         registry = Registry(settings.registry)
         names = Names(registry, renderer, base=request.name, base_hash=request.engine.base.base_hash)
@@ -51,14 +51,26 @@ def serve(request: ServeRequest, emit: Emit, settings: Settings) -> None:
             options=options,
             access=access,
             say=say,
+            managing=managing,
         )
         with closing(access), closing(watch), stopped_by_signals(server), _pooled(server):
             server.start()
             limits = server.engine.limits
             told = {"rows": limits.rows, "context_tokens": limits.context_tokens, "slots": limits.slots}
             replicas = 1 if request.replicas is None else request.replicas.least
-            emit("ready", url=address(listening), name=request.name, replicas=replicas, **told)
+            manage = None if managing is None else address(managing.listening)
+            emit("ready", url=address(listening), manage=manage, name=request.name, replicas=replicas, **told)
             server.work()
+
+
+@contextmanager
+def _managing(request: ServeRequest, settings: Settings) -> Iterator[Managing | None]:
+    """The management API where it is asked for. Raises UsageError usage-address."""
+    if request.manage_port is None:
+        yield None
+        return
+    with listen(request.manage_host, request.manage_port) as listening:
+        yield Managing(listening, Registry(settings.registry), KeyStore(settings.keys), UsageReader(settings.usage))
 
 
 def server_options(request: ServeRequest, watch: Watch) -> Options:

@@ -185,8 +185,9 @@ class ServeRequest(Value):
     that may ask, `*` for any. log: a file for a line of JSON for each request, `-` for events; log_prompts: with its
     prompts. trace: spans to `Settings.otlp_endpoint`. replicas: engines in processes of their own, each with such
     slots, rows and cache; None has one in the server's own process. SIGUSR1 then replaces them, one after the other.
-    Events: `ready` {url, name, rows, context_tokens, slots, replicas}; with log `-`, `request` {id, status, …} for
-    each; `warning` for engines that are lost; `scale` {engines, text}.
+    manage_port: of the management API, 0 takes a free one; None: there is none.
+    Events: `ready` {url, manage, name, rows, context_tokens, slots, replicas}; with log `-`, `request` {id, status, …}
+    for each; `warning` for engines that are lost; `scale` {engines, text}.
     """
 
     engine: Engine
@@ -206,6 +207,8 @@ class ServeRequest(Value):
     log_prompts: bool = False
     trace: bool = False
     replicas: Replicas | None = None
+    manage_host: str = "127.0.0.1"
+    manage_port: int | None = None
 
 
 class ChatStart(Value):

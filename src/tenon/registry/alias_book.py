@@ -1,5 +1,7 @@
 """The aliases of one adapter, moved, rolled back and guarded under its lock.
 
+Whoever looked at an alias before may give its tag: nothing is changed when it is not what it was.
+
 This module does not know where adapters lie, what a version is, nor who counts what an alias does.
 """
 
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tenon.errors import AdapterError
-from tenon.registry.aliases import Alias, Guard, RolledBack, Target, read_aliases, write_aliases
+from tenon.registry.aliases import ABSENT, Alias, Guard, RolledBack, Target, read_aliases, write_aliases
 from tenon.registry.lock import locked
 
 
@@ -23,13 +25,24 @@ class AliasBook:
     folder: Path
     require: Callable[[int], None]
 
-    def move(self, alias: str, target: Target, *, allow: Callable[[Alias, Target], None] | None = None) -> Alias:
+    def get(self, alias: str) -> Alias:
+        """What an alias is now. Raises AdapterError adapter-alias-unknown."""
+        return self._known(read_aliases(self.folder), alias)
+
+    def move(
+        self,
+        alias: str,
+        target: Target,
+        *,
+        allow: Callable[[Alias, Target], None] | None = None,
+        tag: str | None = None,
+    ) -> Alias:
         """Let an alias stand for a target from now on. allow: sees what it stands for, and raises where it may not.
 
-        Raises AdapterError adapter-unknown, and what `allow` raises.
+        Raises AdapterError adapter-unknown, adapter-alias-moved, and what `allow` raises.
         """
         with locked(self.folder):
-            aliases = read_aliases(self.folder)
+            aliases = self._read(alias, tag)
             if alias in aliases and allow is not None:
                 allow(aliases[alias], target)
             self._require_all(target)
@@ -37,14 +50,17 @@ class AliasBook:
             write_aliases(self.folder, aliases | {alias: moved})
         return moved
 
-    def roll_back(self, alias: str, reason: str, *, expected: Target | None = None) -> Alias | None:
+    def roll_back(
+        self, alias: str, reason: str, *, expected: Target | None = None, tag: str | None = None
+    ) -> Alias | None:
         """Let an alias stand for what it stood for before, and keep the reason.
 
         expected: only if it still stands for this; else nothing is changed and the answer is None.
-        Raises AdapterError adapter-alias-unknown, adapter-no-way-back; adapter-unknown for a version removed since.
+        Raises AdapterError adapter-alias-unknown, adapter-alias-moved, adapter-no-way-back; adapter-unknown for a
+        version removed since.
         """
         with locked(self.folder):
-            aliases = read_aliases(self.folder)
+            aliases = self._read(alias, tag)
             if expected is not None and (alias not in aliases or aliases[alias].target != expected):
                 return None
             known = self._known(aliases, alias)
@@ -70,12 +86,26 @@ class AliasBook:
             write_aliases(self.folder, aliases | {alias: guarded})
         return guarded
 
-    def forget(self, alias: str) -> None:
-        """Remove an alias. Raises AdapterError adapter-alias-unknown."""
+    def forget(self, alias: str, *, tag: str | None = None) -> None:
+        """Remove an alias. Raises AdapterError adapter-alias-unknown, adapter-alias-moved."""
         with locked(self.folder):
-            aliases = read_aliases(self.folder)
+            aliases = self._read(alias, tag)
             self._known(aliases, alias)
             write_aliases(self.folder, {other: kept for other, kept in aliases.items() if other != alias})
+
+    def _read(self, alias: str, tag: str | None) -> dict[str, Alias]:
+        """All aliases. Raises AdapterError adapter-alias-moved where this one has another tag than is expected."""
+        aliases = read_aliases(self.folder)
+        found = aliases[alias].tag if alias in aliases else ABSENT
+        if tag is not None and tag != found:
+            stands = aliases[alias].target.describe() if alias in aliases else "nothing"
+            raise AdapterError(
+                "adapter-alias-moved",
+                f"{self.name}@{alias} was changed by somebody else in the meantime",
+                got=f"it stands for {stands} now",
+                hint="look at it again, and change it if that is still right",
+            )
+        return aliases
 
     def _require_all(self, target: Target) -> None:
         for version in sorted(target.versions):

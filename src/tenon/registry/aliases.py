@@ -28,6 +28,8 @@ FILE_NAME = "aliases.json"
 # `prod`, `canary`, `eu-2`: never a number, which is a version.
 _ALIAS = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 _MOST_KEPT = 20
+# The tag of an alias that is not there.
+ABSENT = ""
 
 
 class Target(Value):
@@ -124,6 +126,11 @@ class Alias(Value):
         """The alias after it was moved, or rolled back."""
         before = (self.target, *self.before)[:_MOST_KEPT]
         return Alias(target=target, before=before, guard=self.guard, rolled_back=rolled_back)
+
+    @property
+    def tag(self) -> str:
+        """16 hex digits that change with everything about it."""
+        return self.content_hash[:16]
 
     @property
     def watched(self) -> frozenset[int]:

@@ -135,6 +135,11 @@ class Registry:
         """The aliases of an adapter. Raises AdapterError adapter-bad-name, adapter-damaged."""
         return read_aliases(self._adapter_folder(name))
 
+    def alias(self, spec: str) -> Alias:
+        """The alias `NAME@ALIAS`. Raises AdapterError adapter-alias-unknown, adapter-bad-alias, adapter-unknown."""
+        book, alias = self._book(spec)
+        return book.get(alias)
+
     def target(self, spec: str) -> Target:
         """What a request for `NAME`, `NAME@VERSION` or `NAME@ALIAS` may go to.
 
@@ -152,11 +157,13 @@ class Registry:
         *,
         sticky: bool = False,
         force: bool = False,
+        tag: str | None = None,
     ) -> Alias:
         """Let `NAME@ALIAS` stand for versions that exist, from this instant on. sticky: see `Target`.
 
-        force: also for versions that its guard's metric would keep out.
-        Raises AdapterError adapter-bad-alias, adapter-unknown, adapter-guard.
+        force: also for versions that its guard's metric would keep out. tag: of the alias as it has to be still
+        (`Alias.tag`, or ABSENT).
+        Raises AdapterError adapter-bad-alias, adapter-unknown, adapter-guard, adapter-alias-moved.
         """
         book, alias = self._book(spec)
 
@@ -166,20 +173,20 @@ class Registry:
                 for version in sorted(target.shares.keys() - known.target.shares.keys()):
                     require_as_good(spec, known.guard, self.get(f"{book.name}@{version}"), old)
 
-        return book.move(alias, new_target(shares, shadow, sticky=sticky), allow=allow)
+        return book.move(alias, new_target(shares, shadow, sticky=sticky), allow=allow, tag=tag)
 
     def guard_alias(self, spec: str, guard: Guard | None) -> Alias:
         """Set or take away the guard of `NAME@ALIAS`. Raises AdapterError adapter-alias-unknown."""
         book, alias = self._book(spec)
         return book.guard(alias, guard)
 
-    def roll_back(self, spec: str) -> Alias:
-        """Let `NAME@ALIAS` stand for what it stood for before.
+    def roll_back(self, spec: str, *, tag: str | None = None) -> Alias:
+        """Let `NAME@ALIAS` stand for what it stood for before. tag: as of `set_alias`.
 
         Raises AdapterError adapter-alias-unknown, adapter-no-way-back; adapter-unknown for a version removed since.
         """
         book, alias = self._book(spec)
-        moved = book.roll_back(alias, "asked for")
+        moved = book.roll_back(alias, "asked for", tag=tag)
         assert moved is not None
         return moved
 
@@ -191,10 +198,10 @@ class Registry:
         book, alias = self._book(spec)
         return book.roll_back(alias, reason, expected=expected)
 
-    def remove_alias(self, spec: str) -> None:
-        """Forget `NAME@ALIAS`. Raises AdapterError adapter-alias-unknown."""
+    def remove_alias(self, spec: str, *, tag: str | None = None) -> None:
+        """Forget `NAME@ALIAS`. tag: as of `set_alias`. Raises AdapterError adapter-alias-unknown."""
         book, alias = self._book(spec)
-        book.forget(alias)
+        book.forget(alias, tag=tag)
 
     def verify(self, spec: str) -> Entry:
         """Hash every file again and check the adapter as if it came today.

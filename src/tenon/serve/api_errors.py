@@ -24,6 +24,13 @@ _TYPES = {
 _STATUS_OF_CODE = {
     "adapter-unknown": 404,
     "adapter-bad-name": 404,
+    "adapter-alias-moved": 412,
+    "adapter-alias-unknown": 404,
+    "adapter-bad-alias": 400,
+    "adapter-guard": 409,
+    "adapter-no-way-back": 409,
+    "access-bad-key": 400,
+    "access-unknown-key": 404,
     "adapter-other-base": 400,
     "adapter-template": 400,
     "adapter-stop-token": 422,
@@ -65,8 +72,9 @@ def as_api_error(error: TenonError) -> ApiError:
         stopped = isinstance(error, StopRequestedError)
         status = 503 if stopped else {"adapter": 422, "data": 400}.get(kind, 503)
     got = f" (got {error.got})" if error.got else ""
-    code = "model_not_found" if status == 404 else error.code
-    return ApiError(status, f"{error.what}{got}; {error.hint}", code=code, param="model" if status == 404 else None)
+    no_model = error.code in ("adapter-unknown", "adapter-bad-name")
+    code = "model_not_found" if no_model else error.code
+    return ApiError(status, f"{error.what}{got}; {error.hint}", code=code, param="model" if no_model else None)
 
 
 def error_body(error: ApiError) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from fastapi import FastAPI
 from tenon.data.grammars import Grammars
 from tenon.data.tokenizer import ChatTokenizer
 from tenon.errors import UsageError
+from tenon.registry.store import Registry
 from tenon.serve.access import Access
 from tenon.serve.app import Face, make_app
 from tenon.serve.connections import Bounds, connection_class
@@ -32,9 +33,12 @@ from tenon.serve.forms import Forms
 from tenon.serve.gate import Gate
 from tenon.serve.jobs import Deliver, Engines, Event, Mailbox
 from tenon.serve.life import Life
+from tenon.serve.manage import Manage, make_manage_app
 from tenon.serve.metrics import Metrics
 from tenon.serve.names import Names
 from tenon.serve.records import Observer
+from tenon.tenants.keys import KeyStore
+from tenon.tenants.usage import UsageReader
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +69,16 @@ class Options:
     bounds: Bounds = field(default_factory=Bounds)
     observers: tuple[Observer, ...] = ()
     keep_prompts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Managing:
+    """The management API: where it listens, and what it manages besides the server."""
+
+    listening: socket.socket
+    registry: Registry
+    store: KeyStore
+    usage: UsageReader
 
 
 class _Outlet:
@@ -119,9 +133,10 @@ class Server:
         options: Options,
         access: Access | None = None,
         say: Callable[[str], None] = log.warning,
+        managing: Managing | None = None,
     ) -> None:
         """access: who may ask; None where nobody is asked for a key. say: told in a sentence what became of an alias.
-        Any thread may call it.
+        Any thread may call it. managing: None where nothing is managed.
         """
         outlet = _Outlet()
         grammars = Grammars(tokenizer, vocabulary=options.vocabulary)
@@ -139,7 +154,11 @@ class Server:
             observers=options.observers,
             keep_prompts=options.keep_prompts,
         )
-        self._http = HttpThread(make_app(desk, face), self.gate, listening, outlet, options)
+        served = [(make_app(desk, face), listening)]
+        if managing is not None:
+            manage = Manage(desk, managing.registry, managing.store, managing.usage, options.version, self.drain)
+            served.append((make_manage_app(manage), managing.listening))
+        self._http = HttpThread(served, self.gate, outlet, options)
 
     def start(self) -> None:
         """Begin to take requests; they are answered once `work` runs."""
@@ -177,23 +196,14 @@ def stopped_by_signals(server: Server) -> Iterator[None]:
 
 
 class HttpThread:
-    """The HTTP server in its thread. When it ends, the engine is stopped."""
+    """The HTTP servers in their thread. When they end, the engine is stopped."""
 
-    def __init__(self, app: FastAPI, gate: Gate, listening: socket.socket, outlet: _Outlet, options: Options) -> None:
-        self._gate, self._listening, self._outlet = gate, listening, outlet
-        self._drain_seconds = options.drain_seconds
-        config = uvicorn.Config(
-            app,
-            http=connection_class(options.bounds),
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            log_level="error",  # what clients send wrong is no news
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=_LAST_WRITES_SECONDS,
-        )
-        self._server = uvicorn.Server(config)
+    def __init__(
+        self, served: Sequence[tuple[FastAPI, socket.socket]], gate: Gate, outlet: _Outlet, options: Options
+    ) -> None:
+        """served: applications, each with the socket that it listens on."""
+        self._gate, self._outlet, self._drain_seconds = gate, outlet, options.drain_seconds
+        self._servers = [(uvicorn.Server(_config(app, options.bounds)), listening) for app, listening in served]
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="http")
         self._up = threading.Event()
         self._draining: asyncio.Task[None] | None = None
@@ -232,7 +242,7 @@ class HttpThread:
     async def _serve(self) -> None:
         self._outlet.loop = asyncio.get_running_loop()
         self._up.set()
-        await self._server.serve(sockets=[self._listening])
+        await asyncio.gather(*(server.serve(sockets=[listening]) for server, listening in self._servers))
 
     def _begin_drain(self) -> None:
         if not self._gate.draining:
@@ -248,4 +258,19 @@ class HttpThread:
     def _end(self) -> None:
         self._gate.draining = True
         self._gate.abort()
-        self._server.should_exit = True
+        for server, _ in self._servers:
+            server.should_exit = True
+
+
+def _config(app: FastAPI, bounds: Bounds) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=connection_class(bounds),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="error",  # what clients send wrong is no news
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_LAST_WRITES_SECONDS,
+    )
