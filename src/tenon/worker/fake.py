@@ -106,7 +106,7 @@ class FakePipeline:
         """Listen to nobody until SIGTERM."""
         url = f"http://{request.host}:{request.port}"
         told = {"rows": request.rows, "context_tokens": request.context_tokens, "slots": request.slots}
-        emit("ready", url=url, name=request.name, **told)
+        emit("ready", url=url, manage=None, name=request.name, **told)
         with suppress(StopRequestedError):
             while True:
                 time.sleep(STEP_SECONDS)
