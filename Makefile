@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check figures test-gpu vllm clean
+.PHONY: demo test check figures clients test-gpu vllm clean
 
 demo: $(READY)
 	$(BIN)/tenon train recipes/quickstart.yaml
@@ -28,7 +28,7 @@ check: $(READY)
 figures: $(READY)
 	$(BIN)/python -m benchmarks.show
 
-# OpenAI's client in other versions, and lm-eval, which some tests and benchmarks of serving want beside.
+# OpenAI's client in other versions, schemathesis and lm-eval, which some tests and benchmarks of serving want beside.
 clients:
 	sh benchmarks/prepare_clients.sh $(PYTHON)
 

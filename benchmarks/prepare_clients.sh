@@ -1,6 +1,6 @@
 #!/bin/sh
-# The environments of foreign clients, under .venvs: OpenAI's client in two major versions, and lm-eval. They are kept.
-# Used by tests/serve/test_clients.py and benchmarks/serve_lm_eval.py, which say so where one is missing.
+# The environments of foreign clients, under .venvs: OpenAI's client in two major versions, schemathesis, lm-eval. They are kept.
+# Used by tests/serve/test_clients.py, test_schema.py and benchmarks/serve_lm_eval.py, which say so where one is missing.
 # Usage: sh benchmarks/prepare_clients.sh [PYTHON]
 set -eu
 cd "$(dirname "$0")/.."
@@ -20,5 +20,6 @@ prepare() { # name, then what pip installs, one call after the other
 
 prepare openai1 'openai>=1,<2'
 prepare openai2 'openai>=2,<3'
+prepare schemathesis 'schemathesis>=4.32'
 # torch first, so that the choice of its build is the user's.
 prepare lmeval "${TORCH:-torch==2.13.0}" 'lm_eval[api]==0.4.13 peft>=0.21 transformers>=5.17'

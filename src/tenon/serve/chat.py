@@ -28,14 +28,14 @@ from tenon.serve.replies import (
     usage_of,
 )
 from tenon.serve.said import Finish, Piece
-from tenon.serve.streams import EventStream, unless_gone
+from tenon.serve.streams import STREAMED, EventStream, unless_gone
 
 
 def chat_routes(desk: Desk) -> APIRouter:
     """The route over one server."""
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", response_model=ChatCompletion, tags=["answers"])
+    @router.post("/v1/chat/completions", response_model=ChatCompletion, tags=["answers"], responses=STREAMED)
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         """The assistant's next turn, from the base or from an adapter; with `stream` as server-sent events."""
         caller = await desk.caller(request.headers.get("authorization"))

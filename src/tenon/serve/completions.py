@@ -16,14 +16,14 @@ from tenon.serve.prompts import Prompt, read_prompts
 from tenon.serve.protocol import CompletionRequest
 from tenon.serve.replies import TextChoice, TextCompletion, TextLogprobs, Usage, text_logprobs, usage_of
 from tenon.serve.said import Piece, SaidToken, TokenTexts
-from tenon.serve.streams import EventStream, unless_gone
+from tenon.serve.streams import STREAMED, EventStream, unless_gone
 
 
 def completion_routes(desk: Desk) -> APIRouter:
     """The route over one server."""
     router = APIRouter()
 
-    @router.post("/v1/completions", response_model=TextCompletion, tags=["answers"])
+    @router.post("/v1/completions", response_model=TextCompletion, tags=["answers"], responses=STREAMED)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """What follows a text, from the base or from an adapter; with `stream` as server-sent events."""
         caller = await desk.caller(request.headers.get("authorization"))

@@ -21,6 +21,13 @@ from tenon.serve.gate import Answers
 from tenon.serve.records import CLIENT_GONE, current
 
 DONE = "data: [DONE]\n\n"
+# What OpenAPI says of answers that may come as a stream.
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; with `stream` server-sent events, each a chunk, and `[DONE]`.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
 _T = TypeVar("_T")
 
 
