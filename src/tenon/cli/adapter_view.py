@@ -22,7 +22,8 @@ from tenon.units import format_bytes, format_short
 def entries_table(entries: Sequence[Entry]) -> Table:
     """One version a line."""
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
-    for head in ("adapter", "base", "rank", "parameters", "judged", "asked with", "registered"):
+    told = any(entry.generation.said for entry in entries)
+    for head in ("adapter", "base", "rank", "parameters", "judged", *(["asked with"] if told else []), "registered"):
         table.add_column(head, no_wrap=head not in ("judged", "asked with"))
     for entry in entries:
         judged = ", ".join(f"{metric.name} {metric_text(metric)}" for metric in entry.metrics[:1])
@@ -32,7 +33,7 @@ def entries_table(entries: Sequence[Entry]) -> Table:
             str(entry.rank),
             format_short(entry.parameters),
             Text(judged or "-"),
-            Text(describe_generation(entry.generation) or "-"),
+            *([Text(describe_generation(entry.generation) or "-")] if told else []),
             Text(_when(entry), "dim"),
         )
     return table
@@ -41,7 +42,10 @@ def entries_table(entries: Sequence[Entry]) -> Table:
 def aliases_table(aliases: Mapping[str, Alias]) -> Table:
     """One alias a line, with what it stood for last."""
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
-    for head in ("alias", "version", "before", "since", "guard", "rolled back"):
+    guarded = any(alias.guard is not None for alias in aliases.values())
+    back = any(alias.rolled_back is not None for alias in aliases.values())
+    more = (["guard"] if guarded else []) + (["rolled back"] if back else [])
+    for head in ("alias", "version", "before", "since", *more):
         table.add_column(head, no_wrap=head != "rolled back")
     for name, alias in aliases.items():
         before = alias.before[0].describe() if alias.before else "-"
@@ -51,8 +55,8 @@ def aliases_table(aliases: Mapping[str, Alias]) -> Table:
             Text(alias.target.describe()),
             Text(before, "dim"),
             Text(_moment(alias.target.since), "dim"),
-            Text(guard, "dim"),
-            Text(_rolled_back(alias)),
+            *([Text(guard, "dim")] if guarded else []),
+            *([Text(_rolled_back(alias))] if back else []),
         )
     return table
 
@@ -79,7 +83,7 @@ def show_entry(console: Console, entry: Entry, folder: Path) -> None:
         ("template", _template(entry) or unknown),
         ("recipe", entry.recipe_hash or unknown),
         ("system", "none" if entry.system is None else entry.system),
-        ("asked with", describe_generation(entry.generation) or "whatever the request or the server says"),
+        *([("asked with", describe_generation(entry.generation))] if entry.generation.said else []),
         ("adapter hash", entry.adapter_hash),
     ]
     table = Table.grid(padding=(0, 2))

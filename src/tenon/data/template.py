@@ -3,7 +3,7 @@
 The environment follows what chat templates are written for: trimmed blocks, loop controls, a `tojson` that leaves
 non-ASCII text alone, `raise_exception`, `strftime_now`, and `{% generation %}` blocks. A template comes with a base
 that somebody else made, so it is data: it runs in Jinja's immutable sandbox, sees plain JSON values only, and its
-arithmetic cannot be used to fill the memory. This module knows no tokens and no masks.
+arithmetic and its loops are bounded (template_limits). This module knows no tokens and no masks.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from tenon.data.rows import Message
+from tenon.data.template_limits import BUDGET_VARIABLE, CALL_STEPS, Budget, bounded, require_length
 from tenon.errors import DataError
 
 # Whatever a template can run into with a row that it was not written for.
@@ -75,7 +76,8 @@ class ChatTemplate:
         self.has_marks = GENERATION_TAG.search(source) is not None
         self._named_tokens = dict(named_tokens)
         try:
-            self._template = _environment().from_string(source)
+            environment = _environment()
+            self._template = environment.from_string(bounded(environment, source))
         except jinja2.TemplateSyntaxError as error:
             raise DataError(
                 "data-template-syntax",
@@ -99,6 +101,7 @@ class ChatTemplate:
                 "documents": chat.documents,
                 "add_generation_prompt": prompt,
                 MARKS_VARIABLE: marks,
+                BUDGET_VARIABLE: Budget(),
             }
         )
 
@@ -173,6 +176,11 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             if isinstance(text, str | list | tuple) and isinstance(count, int) and len(text) * count > LONGEST_PRODUCT:
                 raise SecurityError("a chat template may not repeat a text that often")
         return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805  as Jinja calls it
+        """A call, which costs some steps, and one for each thing in the lists that it is given."""
+        Budget.spend(__context, CALL_STEPS + sum(len(arg) for arg in args if isinstance(arg, list | tuple | range)))
+        return require_length(super().call(__context, __obj, *args, **kwargs))
 
 
 class _PlainNamespace(Namespace):
