@@ -118,7 +118,9 @@ def ask_vllm(
 ) -> tuple[list[Completion], list[Row]]:
     """vLLM's answers, through what serving asks it with; and what becomes of the base's once its last slot is taken."""
     adapters = {one.name: one.folder for one in made} | {NOTHING: nothing}
-    environment = {"OMP_WAIT_POLICY": "PASSIVE"}
+    # No figure here is a time: nothing is compiled, threads do not spin, and a pass may take long on a busy machine.
+    environment = {"TORCH_COMPILE_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] = "3600"
     with (
         vllm_server(
             folder, adapters, threads=threads, slots=len(adapters) + 1, pass_tokens=64, environment=environment

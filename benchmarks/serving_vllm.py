@@ -75,7 +75,7 @@ def vllm_server(
 
     slots: of vLLM, as many as adapters by default. On a CPU it answers for the bare base with what its last slot holds
     (0.32), so one more is needed where the base is asked. environment: in addition, to how vLLM sets itself up. extra:
-    further words of its command line. Its log is shown when it does not start.
+    further words of its command line. Its log is kept where something fails.
     """
     with tempfile.TemporaryDirectory() as scratch:
         launch = Launch(
@@ -100,7 +100,9 @@ def vllm_server(
                 load(vllm, name, folder)
             yield vllm
         except BaseException:
-            print(launch.log.read_text("utf-8", "replace")[-8000:])
+            kept = Path(tempfile.gettempdir()) / f"vllm-{process.pid}.log"
+            kept.write_bytes(launch.log.read_bytes())
+            print(f"vLLM's report: {kept}")
             raise
         finally:
             process.end()

@@ -38,6 +38,9 @@ from tenon.units import format_bytes
 
 # Room for adapters of the ranks that are common, also where none is registered yet.
 _LEAST_RANK = 64
+# With adapters vLLM compiles nothing of the model on a CPU, only odds and ends, at its first answer and with a C++
+# compiler: longer than it allows a pass to take.
+_ON_CPU = {"TORCH_COMPILE_DISABLE": "1"}
 # On a CPU vLLM copies an adapter's matrices once for every token of a pass.
 _PASS_TOKENS = {"cpu": 64, "cuda": 8192}
 # vLLM's largest block of keys and values: a sequence may need one that it hardly uses.
@@ -65,7 +68,7 @@ def foreign_engines(
         Path(engine.python),
         folder,
         worker_log("vllm", settings),
-        foreign_environment(),
+        {**(_ON_CPU if on_cpu else {}), **foreign_environment()},
         dtype=_NAMES[request.engine.precision],
         context_tokens=limits.context_tokens,
         rows=limits.rows,
