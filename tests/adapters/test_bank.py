@@ -50,6 +50,19 @@ def test_a_batch_of_a_slot_that_was_removed_is_refused() -> None:
         decoder.forward(batch, bank)
 
 
+def test_p17_another_adapter_in_the_same_place_is_never_taken_for_the_one_before() -> None:
+    decoder, bank, other = tiny_decoder(FACTS), empty_bank(), empty_bank()
+    random_slot(bank, slot_shape(FACTS, rank=2), 1)
+    random_slot(other, slot_shape(FACTS, rank=5), 2)
+    (batch,) = pack_rows([bare_row(NO_SLOT, IDS), bare_row(0, IDS)], PackOptions(99, share_prefix=False), CPU)
+    before = decoder.forward(batch, bank)
+    assert torch.equal(decoder.forward(batch, bank), before)
+    bank.remove(0)
+    random_slot(bank, slot_shape(FACTS, rank=5), 2)
+    assert torch.equal(decoder.forward(batch, bank), decoder.forward(batch, other))
+    assert not torch.equal(decoder.forward(batch, bank), before)
+
+
 def test_a_fresh_slot_changes_nothing_and_a_filled_one_only_its_own_rows() -> None:
     decoder, bank = tiny_decoder(FACTS), empty_bank()
     bank.add("zero", slot_shape(FACTS), trained=True)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tenon.adapters.site_tables import SiteTables
 from tenon.bases.facts import STACKS, ModelFacts, parse_site, site_name
-from tenon.batch import Batch
+from tenon.batch import Batch, Segment
 from tenon.errors import AdapterError
 from tenon.kernels.low_rank import RANK_STEP, LoraGroup, LoraMember, LoraPart, LowRank, Routes
 from tenon.models.decoder import Rider
@@ -216,6 +216,8 @@ class AdapterBank:
         self.tables = SiteTables(facts, device)
         self._least_slots = 0
         self._stale = True
+        self._last_segments: tuple[Segment, ...] = ()
+        self._last_lows: dict[tuple[int, str], LowRank | None] = {}
         self._bounds = {stack: _stack_bounds(facts, modules) for stack, modules in STACKS.items()}
 
     def add(self, name: str, shape: SlotShape, *, trained: bool) -> int:
@@ -225,13 +227,18 @@ class AdapterBank:
         """
         number = next(i for i in range(len(self.slots) + 1) if i not in self.slots)
         self.slots[number] = Slot(name, shape, self.facts, trained=trained, dtype=self.dtype, device=self.device)
-        self._stale = True
+        self._forget()
         return number
 
     def remove(self, number: int) -> None:
         """Free a slot; batches that name it are refused from then on."""
         del self.slots[number]
+        self._forget()
+
+    def _forget(self) -> None:
+        """Other slots are in the bank now."""
         self._stale = True
+        self._last_segments, self._last_lows = (), {}
 
     def keep_room(self, slots: int) -> None:
         """Let the tables that kernels read stay where they are while there are no more slots than this."""
@@ -259,7 +266,19 @@ class AdapterBank:
         return None if slot.shape.dropout > 0.0 else Rider((slot.identity, slot.version), slot.groups)
 
     def low_rank(self, layer: int, stack: str, batch: Batch, routes: Routes | None) -> LowRank | None:
-        """See `models.decoder.Bank.low_rank`. Raises KeyError for a slot that is not in the bank."""
+        """See `models.decoder.Bank.low_rank`. Raises KeyError for a slot that is not in the bank.
+
+        While sequences decode, one pass is like the next: what belongs to the last one's segments is kept.
+        """
+        if routes is not None or batch.draw_T is not None:
+            return self._make_low_rank(layer, stack, batch, routes)
+        if batch.segments != self._last_segments:
+            self._last_segments, self._last_lows = batch.segments, {}
+        if (layer, stack) not in self._last_lows:
+            self._last_lows[layer, stack] = self._make_low_rank(layer, stack, batch, None)
+        return self._last_lows[layer, stack]
+
+    def _make_low_rank(self, layer: int, stack: str, batch: Batch, routes: Routes | None) -> LowRank | None:
         parts = []
         for segment in batch.segments:
             if segment.slot < 0:

@@ -22,6 +22,7 @@ bank. This module does not know what a slot is trained for, nor how its matrices
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,7 +43,8 @@ from tenon.kernels.low_rank_few_triton import FewTokens
 @dataclass(frozen=True, slots=True)
 class LoraMember:
     """One module of the stacked weight: b_OR writes outputs [out_start, out_stop) from ranks [rank_start,
-    rank_stop). index: which module of the stack it is. Fused kernels want ranks of whole RANK_STEP.
+    rank_stop). index: which module of the stack it is. Fused kernels want ranks of whole RANK_STEP. b_RO: B transposed,
+    a view: a pass on a CPU has thousands of these products, and making views would take as long as they do.
     """
 
     b_OR: Tensor
@@ -53,13 +55,18 @@ class LoraMember:
     rank_stop: int
     scale: float
     index: int = 0
+    b_RO: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "b_RO", self.b_OR.t())
 
 
 @dataclass(frozen=True, slots=True)
 class LoraGroup:
     """One slot's matrices at one stacked weight. Gradients are None when the slot is only used, not trained.
 
-    Fused kernels want every matrix and gradient to begin at 16 bytes.
+    Fused kernels want every matrix and gradient to begin at 16 bytes. a_DR: A transposed, a view. ranks:
+    of the members.
     """
 
     a_RD: Tensor
@@ -67,6 +74,12 @@ class LoraGroup:
     members: tuple[LoraMember, ...]
     dropout: float = 0.0
     salt: int = 0
+    a_DR: Tensor = field(init=False, repr=False)
+    ranks: tuple[int, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "a_DR", self.a_RD.t())
+        object.__setattr__(self, "ranks", tuple(m.rank_stop - m.rank_start for m in self.members))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +123,8 @@ class LowRank:
     one slot's matrices lie in the border of the frozen weight, and its low-rank activations in the tails of the rows,
     so that both sums are made by the frozen product itself (see `room`). shelved: so many rows of A lie below the
     frozen weight (see `models.frozen.DenseLinear`), and the table says where each slot's are; 0: none.
+    widths: of the modules. row_cuts: lengths of parts and of what lies between them, up to the last part's end;
+    row_places: which of these are parts.
     """
 
     parts: tuple[LoraPart, ...]
@@ -120,6 +135,26 @@ class LowRank:
     table_SF: Tensor | None = None
     rides: bool = False
     shelved: int = 0
+    widths: tuple[int, ...] = field(init=False, repr=False)
+    row_cuts: tuple[int, ...] = field(init=False, repr=False)
+    row_places: tuple[int, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        cuts, places, end = [], [], 0
+        for part in self.parts:
+            if part.start > end:
+                cuts.append(part.start - end)
+            places.append(len(cuts))
+            cuts.append(part.stop - part.start)
+            end = part.stop
+        object.__setattr__(self, "widths", tuple(b - a for a, b in itertools.pairwise(self.bounds)))
+        object.__setattr__(self, "row_cuts", tuple(cuts))
+        object.__setattr__(self, "row_places", tuple(places))
+
+    def rows(self, x_TX: Tensor) -> list[Tensor]:
+        """Each part's rows: views, made in one call."""
+        pieces = x_TX.split_with_sizes((*self.row_cuts, x_TX.shape[0] - sum(self.row_cuts)))
+        return [pieces[place] for place in self.row_places]
 
     @property
     def fused(self) -> bool:
@@ -129,8 +164,10 @@ class LowRank:
     @property
     def plain(self) -> bool:
         """Whether the products are torch's own: kernels are not fused, or parts are so long that its own are faster."""
+        if not self.fused:
+            return True
         long = all(part.stop - part.start >= _LONG_TOKENS and part.draw_T is None for part in self.parts)
-        return (long and bool(self.parts)) or not self.fused
+        return long and bool(self.parts)
 
     @property
     def few(self) -> FewTokens | None:
@@ -264,7 +301,7 @@ def lora_linear_reference(
     """The whole formula in plain torch, out of place, differentiable in x, A and B: what the rest is held against."""
     y = torch.nn.functional.linear(x_TD, weight_OD, bias_O)
     for part in parts:
-        low = _dropped(x_TD, part) @ part.group.a_RD.t()
+        low = _dropped(x_TD[part.start : part.stop], part) @ part.group.a_RD.t()
         delta = torch.zeros_like(y)
         for m in part.group.members:
             update = m.scale * (low[:, m.rank_start : m.rank_stop] @ m.b_OR.t())
@@ -288,9 +325,9 @@ def project(x_TD: Tensor, low: LowRank | None) -> Tensor | None:
         for one in classes(low, stacked=True):
             fused.project(x_TD, low_TW, one.width, one.routes, one.table_SF)
         return low_TW
-    for part in low.parts:
-        out = low_TW[part.start : part.stop, : part.group.a_RD.shape[0]]
-        torch.mm(_dropped(x_TD, part), part.group.a_RD.t(), out=out)
+    for part, x, rows_TW in zip(low.parts, low.rows(x_TD), low.rows(low_TW), strict=True):
+        a_DR = part.group.a_DR
+        torch.mm(_dropped(x, part), a_DR, out=rows_TW.narrow(1, 0, a_DR.shape[1]))
     # A tape that holds the tail would hold all of x.
     return low_TW.contiguous() if low.rides else low_TW
 
@@ -339,7 +376,7 @@ def add_gradient_a(x_TD: Tensor, d_low_TW: Tensor, low: LowRank) -> None:
     for part in low.parts:
         if part.group.grad_a_RD is not None:
             d_low = d_low_TW[part.start : part.stop, : part.group.a_RD.shape[0]]
-            _accumulate(part.group.grad_a_RD, d_low.t(), _dropped(x_TD, part))
+            _accumulate(part.group.grad_a_RD, d_low.t(), _dropped(x_TD[part.start : part.stop], part))
 
 
 def _add(y_TO: Tensor, addend: Addend) -> None:
@@ -352,22 +389,24 @@ def _add(y_TO: Tensor, addend: Addend) -> None:
             rank = one.width if back else one.rank
             fused.add(y_TO, addend.low_TW, bounds, rank, one.routes, one.table_SF, back=back)
         return
-    for part in low.parts:
+    for part, rows_TO, rows_TW in zip(low.parts, low.rows(y_TO), low.rows(addend.low_TW), strict=True):
         if back:
-            _add_back(y_TO[part.start : part.stop], addend.low_TW, part)
+            _add_back(rows_TO, rows_TW, part)
         else:
-            _add_forward(y_TO[part.start : part.stop], addend.low_TW, part)
+            _add_forward(rows_TO, rows_TW, part.group, low.widths)
 
 
-def _add_forward(rows_TO: Tensor, low_TW: Tensor, part: LoraPart) -> None:
-    for m in part.group.members:
-        low = low_TW[part.start : part.stop, m.rank_start : m.rank_stop]
-        rows_TO[:, m.out_start : m.out_stop].addmm_(low, m.b_OR.t(), alpha=m.scale)
+def _add_forward(rows_TO: Tensor, rows_TW: Tensor, group: LoraGroup, widths: tuple[int, ...]) -> None:
+    """One part's rows of y and of low."""
+    outs = rows_TO.split_with_sizes(widths, 1) if len(widths) > 1 else (rows_TO,)
+    lows = rows_TW.split_with_sizes((*group.ranks, rows_TW.shape[1] - sum(group.ranks)), 1)
+    for m, low in zip(group.members, lows, strict=False):
+        outs[m.index].addmm_(low, m.b_RO, alpha=m.scale)
 
 
-def _add_back(rows_TD: Tensor, d_low_TW: Tensor, part: LoraPart) -> None:
+def _add_back(rows_TD: Tensor, rows_TW: Tensor, part: LoraPart) -> None:
     group = part.group
-    d_low = d_low_TW[part.start : part.stop, : group.a_RD.shape[0]]
+    d_low = rows_TW[:, : group.a_RD.shape[0]]
     if part.draw_T is None:
         rows_TD.addmm_(d_low, group.a_RD)
         return
@@ -375,8 +414,8 @@ def _add_back(rows_TD: Tensor, d_low_TW: Tensor, part: LoraPart) -> None:
     rows_TD.addcmul_(d_low @ group.a_RD, keep.to(rows_TD.dtype), value=1.0 / (1.0 - group.dropout))
 
 
-def _dropped(x_TD: Tensor, part: LoraPart) -> Tensor:
-    x = x_TD[part.start : part.stop]
+def _dropped(x: Tensor, part: LoraPart) -> Tensor:
+    """One part's rows of x, as A takes them."""
     return x if part.draw_T is None else dropout(x, part.draw_T, part.group.salt, part.group.dropout)
 
 
