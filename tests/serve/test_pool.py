@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ from tenon.processes import Worker, start_worker
 from tenon.serve.fake_engine import FATAL, HANGING, fake_answer
 from tenon.serve.jobs import AdapterRef, Ended, Event, Failed, Job, Limits, Mailbox
 from tenon.serve.pool import EnginePool, PoolOptions
+from tenon.serve.pool_metrics import PoolCollector
 from tenon.serve.replica import Patience
 from tenon.serve.scaling import ScaleRule
 from tenon.settings import Settings
@@ -131,6 +133,12 @@ def test_jobs_are_answered_spread_and_cancelled(tmp_path: Path) -> None:
             assert isinstance(box.end, Ended) and list(box.end.completion.ids) == box.ids
             assert box.end.completion.finish == "length" and len(box.end.completion.logprobs) == 8
         assert pooled.pool.resident == {"a", "b"} and pooled.pool.loads >= 2
+        found = PoolCollector(pooled.pool).collect()
+        told = {metric.name + "_total" * (metric.type == "counter"): metric for metric in found}
+        page = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text()
+        assert told.keys() == set(re.findall(r"^- `(tenon_\w+)`", page, flags=re.MULTILINE))
+        assert {sample.labels["replica"] for sample in told["tenon_replica_sequences"].samples} == {"0", "1"}
+        assert {s.labels["state"]: s.value for s in told["tenon_replicas"].samples if s.value} == {"ready": 2.0}
         long, box = pooled.ask(Request([9], max_new_tokens=5000))
         wait_until(lambda: len(box.events) > 3)
         pooled.pool.cancel(long)

@@ -81,7 +81,7 @@ class Managing:
     usage: UsageReader
 
 
-class _Outlet:
+class Outlet:
     """Carries events from the engine's thread to the event loop of the HTTP server, all of a pass at once."""
 
     def __init__(self) -> None:
@@ -120,6 +120,44 @@ def address(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+class Front:
+    """A server but for its listening: the engine, the way in, and the application over both, for any ASGI server.
+
+    `outlet.loop` has to be the event loop that runs `app`, and somebody has to run `engine`.
+    """
+
+    def __init__(
+        self,
+        make_engines: MakeEngines,
+        tokenizer: ChatTokenizer,
+        names: Names,
+        *,
+        options: Options,
+        access: Access | None = None,
+        say: Callable[[str], None] = log.warning,
+    ) -> None:
+        """See `Server`."""
+        self.outlet = Outlet()
+        grammars = Grammars(tokenizer, vocabulary=options.vocabulary)
+        self.engine = make_engines(self.outlet, grammars)
+        self.gate = Gate(self.engine, tokenizer, Metrics(self.engine), most=self.engine.limits.rows + options.queue)
+        self.life = Life(self.gate, names, say)
+        self.gate.on_end = self.life.ended
+        forms = Forms(grammars)
+        self.desk = Desk(
+            self.gate, names, options.fingerprint, options.vocabulary, options.hidden, forms, access, self.life
+        )
+        face = Face(
+            version=options.version,
+            most_body_bytes=options.most_body_bytes,
+            body_seconds=options.bounds.body_seconds,
+            cors=options.cors,
+            observers=options.observers,
+            keep_prompts=options.keep_prompts,
+        )
+        self.app = make_app(self.desk, face)
+
+
 class Server:
     """One server. `start` HTTP, then `work` in the thread that is to own the engine; `drain` lets `work` return."""
 
@@ -138,27 +176,13 @@ class Server:
         """access: who may ask; None where nobody is asked for a key. say: told in a sentence what became of an alias.
         Any thread may call it. managing: None where nothing is managed.
         """
-        outlet = _Outlet()
-        grammars = Grammars(tokenizer, vocabulary=options.vocabulary)
-        self.engine = make_engines(outlet, grammars)
-        self.gate = Gate(self.engine, tokenizer, Metrics(self.engine), most=self.engine.limits.rows + options.queue)
-        self.life = Life(self.gate, names, say)
-        self.gate.on_end = self.life.ended
-        forms = Forms(grammars)
-        desk = Desk(self.gate, names, options.fingerprint, options.vocabulary, options.hidden, forms, access, self.life)
-        face = Face(
-            version=options.version,
-            most_body_bytes=options.most_body_bytes,
-            body_seconds=options.bounds.body_seconds,
-            cors=options.cors,
-            observers=options.observers,
-            keep_prompts=options.keep_prompts,
-        )
-        served = [(make_app(desk, face), listening)]
+        front = Front(make_engines, tokenizer, names, options=options, access=access, say=say)
+        self.engine, self.gate, self.life = front.engine, front.gate, front.life
+        served = [(front.app, listening)]
         if managing is not None:
-            manage = Manage(desk, managing.registry, managing.store, managing.usage, options.version, self.drain)
+            manage = Manage(front.desk, managing.registry, managing.store, managing.usage, options.version, self.drain)
             served.append((make_manage_app(manage), managing.listening))
-        self._http = HttpThread(served, self.gate, outlet, options)
+        self._http = HttpThread(served, self.gate, front.outlet, options)
 
     def start(self) -> None:
         """Begin to take requests; they are answered once `work` runs."""
@@ -199,7 +223,7 @@ class HttpThread:
     """The HTTP servers in their thread. When they end, the engine is stopped."""
 
     def __init__(
-        self, served: Sequence[tuple[FastAPI, socket.socket]], gate: Gate, outlet: _Outlet, options: Options
+        self, served: Sequence[tuple[FastAPI, socket.socket]], gate: Gate, outlet: Outlet, options: Options
     ) -> None:
         """served: applications, each with the socket that it listens on."""
         self._gate, self._outlet, self._drain_seconds = gate, outlet, options.drain_seconds
