@@ -128,3 +128,13 @@ def test_a_decoder_that_breaks_ends_the_loop_and_everybody_is_told(house: House)
     with pytest.raises(IndexError):
         loop.run()
     assert isinstance(box.last, Failed)
+
+
+def test_what_waits_is_let_in_when_all_that_ran_has_ended(house: House) -> None:
+    """Nobody says anything at that moment: the loop must look for itself."""
+    with working(house, rows=1, slots=1) as loop:
+        asked = [job("low", tokens=3), job(None, tokens=3), job("high", tokens=3), job("low", tokens=3)]
+        for each, _ in asked:
+            loop.submit(each)
+        wait_until(lambda: all(isinstance(box.last, Ended) for _, box in asked))
+        assert loop.load.adapters.evictions >= 1 and loop.load.adapters.from_disk >= 1

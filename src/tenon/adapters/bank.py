@@ -72,6 +72,20 @@ class _Place:
         return flat_P[self.b_start : self.b_start + self.stored * self.outputs].view(self.outputs, self.stored)
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where each matrix of a shape lies in a flat tensor of so many elements; the first a_elements belong to A."""
+
+    shape: SlotShape
+    places: Mapping[str, _Place]
+    a_elements: int
+    elements: int
+
+    def views(self, flat_P: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """For each site A (R, D) and B (O, R) as views of a tensor that is laid out so."""
+        return {site: (p.a(flat_P)[: p.rank], p.b(flat_P)[:, : p.rank]) for site, p in self.places.items()}
+
+
 class Slot:
     """One adapter in the bank.
 
@@ -81,13 +95,22 @@ class Slot:
     """
 
     def __init__(
-        self, name: str, shape: SlotShape, facts: ModelFacts, *, trained: bool, dtype: torch.dtype, device: torch.device
+        self,
+        name: str,
+        layout: Layout,
+        facts: ModelFacts,
+        *,
+        parameters_P: Tensor,
+        gradients_P: Tensor | None = None,
+        compute_P: Tensor | None = None,
     ) -> None:
-        self.name, self.shape = name, shape
-        self._places, self.a_parameters, total = _lay_out(shape, facts)
-        self.parameters_P = torch.zeros(total, dtype=torch.float32, device=device)
-        self.gradients_P = torch.zeros_like(self.parameters_P) if trained else None
-        self._compute_P = self.parameters_P if dtype == torch.float32 else self.parameters_P.to(dtype)
+        """All tensors are laid out as `layout` says. compute_P: the shadow in the compute dtype; without one the
+        parameters are computed with as they are, in whatever dtype they have.
+        """
+        self.name, self.shape = name, layout.shape
+        self._layout, self._places, self.a_parameters = layout, layout.places, layout.a_elements
+        self.parameters_P, self.gradients_P = parameters_P, gradients_P
+        self._compute_P = parameters_P if compute_P is None else compute_P
         self.groups = _make_groups(self, facts)
         self.version = 0
         self.identity = object()
@@ -116,7 +139,7 @@ class Slot:
 
     def views(self, flat_P: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """For each site A (R, D) and B (O, R) as views of a tensor that is laid out like the flat parameters."""
-        return {site: (p.a(flat_P)[: p.rank], p.b(flat_P)[:, : p.rank]) for site, p in self._places.items()}
+        return self._layout.views(flat_P)
 
     def clear_filling(self) -> None:
         """Zero what fills ranks up, after an update that is not exact at zero."""
@@ -144,8 +167,10 @@ class Slot:
         return whole.a(self._compute_P), None if self.gradients_P is None else whole.a(self.gradients_P)
 
 
-def _lay_out(shape: SlotShape, facts: ModelFacts) -> tuple[dict[str, _Place], int, int]:
-    """Places of all sites, the stored elements of all A, and of all matrices. Sites of a stack are neighbours."""
+def lay_out(shape: SlotShape, facts: ModelFacts) -> Layout:
+    """The places of all sites; those of a stack are neighbours. Raises AdapterError adapter-target-missing,
+    adapter-rank.
+    """
     ordered = [
         site_name(layer, module)
         for layer in range(facts.layers)
@@ -175,7 +200,7 @@ def _lay_out(shape: SlotShape, facts: ModelFacts) -> tuple[dict[str, _Place], in
         stored = _stored(rank)
         places[site] = _Place(a_next, b_next, rank, stored, inputs, outputs)
         a_next, b_next = a_next + stored * inputs, b_next + stored * outputs
-    return places, a_total, b_next
+    return Layout(shape, places, a_total, b_next)
 
 
 def _stored(rank: int) -> int:
@@ -225,8 +250,24 @@ class AdapterBank:
 
         Raises AdapterError adapter-target-missing, adapter-rank.
         """
+        layout = lay_out(shape, self.facts)
+        parameters_P = torch.zeros(layout.elements, dtype=torch.float32, device=self.device)
+        slot = Slot(
+            name,
+            layout,
+            self.facts,
+            parameters_P=parameters_P,
+            gradients_P=torch.zeros_like(parameters_P) if trained else None,
+            compute_P=None if self.dtype == torch.float32 else parameters_P.to(self.dtype),
+        )
+        return self.attach(slot)
+
+    def attach(self, slot: Slot) -> int:
+        """Take in a slot that was made elsewhere, on the bank's device and in its dtype; returns its number, the lowest
+        free one. Nothing is copied, and no other slot is touched.
+        """
         number = next(i for i in range(len(self.slots) + 1) if i not in self.slots)
-        self.slots[number] = Slot(name, shape, self.facts, trained=trained, dtype=self.dtype, device=self.device)
+        self.slots[number] = slot
         self._forget()
         return number
 

@@ -9,10 +9,12 @@ Shape legend: D inputs, O outputs, R rank. This module does not know training, r
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,14 +23,19 @@ from torch import Tensor
 from tenon.adapters.bank import AdapterBank, SiteShape, Slot, SlotShape
 from tenon.bases.facts import MODULE_PATHS, parse_site
 from tenon.errors import AdapterError
-from tenon.registry.peft_check import CONFIG_NAME, TENSORS_NAME, describe_adapter
+from tenon.registry.peft_check import CONFIG_NAME, TENSORS_NAME, AdapterFacts, describe_adapter, describe_contents
+from tenon.registry.safetensors_header import FLOATS, TensorFacts
 
 _PREFIX = "base_model.model.model."
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """An adapter read from disk: its shape, its fp32 matrices by site, and its config as it was."""
+    """An adapter read from disk: its shape, its matrices (A, B) by site, and its config as it was.
+
+    `read_adapter` gives fp32, `parse_adapter` what the file has: views of what was read.
+    """
 
     shape: SlotShape
     matrices: dict[str, tuple[Tensor, Tensor]]
@@ -115,10 +122,37 @@ def read_adapter(folder: Path) -> AdapterFiles:
         raise AdapterError(
             "adapter-tensors", f"{path} cannot be read", got=str(error)[:200], hint="the file is damaged; copy it again"
         ) from error
+    return AdapterFiles(_shape(facts), {site: (a_RD, b_OR) for site, (a_RD, b_OR) in matrices.items()}, facts.config)
+
+
+def parse_adapter(folder: Path, contents: Mapping[str, bytearray]) -> AdapterFiles:
+    """The adapter in files that were read, by name. folder: where they were, for the words of errors.
+
+    Raises AdapterError: those of `registry.peft_check.describe_contents`.
+    """
+    facts, tensors = describe_contents(folder, contents)
+    content = contents[TENSORS_NAME]
+
+    def matrix(site: str, letter: str) -> Tensor:
+        return _tensor(content, tensors[f"{_PREFIX}{site}.lora_{letter}.weight"])
+
+    matrices = {site: (matrix(site, "A"), matrix(site, "B")) for site in facts.ranks_and_scales}
+    return AdapterFiles(_shape(facts), matrices, facts.config)
+
+
+def _tensor(content: bytearray, facts: TensorFacts) -> Tensor:
+    """A tensor over the bytes that were read."""
+    width, _ = FLOATS[facts.dtype]
+    count = (facts.stop - facts.start) // width
+    # As integers: numpy has no bfloat16. A header of odd length leaves them where torch cannot read.
+    bits = np.require(np.frombuffer(content, f"<i{width}", count, facts.start), requirements="A")
+    return torch.from_numpy(bits).view(_DTYPES[facts.dtype]).view(facts.shape)
+
+
+def _shape(facts: AdapterFacts) -> SlotShape:
     sites = {site: SiteShape(rank, scale) for site, (rank, scale) in facts.ranks_and_scales.items()}
     dropout = facts.config.get("lora_dropout")
-    shape = SlotShape(sites, float(dropout) if isinstance(dropout, int | float) else 0.0)
-    return AdapterFiles(shape, {site: (a_RD, b_OR) for site, (a_RD, b_OR) in matrices.items()}, facts.config)
+    return SlotShape(sites, float(dropout) if isinstance(dropout, int | float) else 0.0)
 
 
 def load_adapter(bank: AdapterBank, name: str, files: AdapterFiles, *, trained: bool = False) -> int:
@@ -136,12 +170,17 @@ def load_adapter(bank: AdapterBank, name: str, files: AdapterFiles, *, trained: 
 
 def fill_slot(slot: Slot, files: AdapterFiles) -> None:
     """Copy matrices into a slot of the same sites and ranks. Raises AdapterError adapter-tensors."""
-    wanted = slot.matrices()
+    copy_matrices(files, slot.matrices(), slot.name)
+    slot.refresh()
+
+
+def copy_matrices(files: AdapterFiles, wanted: Mapping[str, tuple[Tensor, Tensor]], name: str) -> None:
+    """Copy matrices where they are wanted, by site. name: of the slot. Raises AdapterError adapter-tensors."""
     if set(wanted) != set(files.matrices):
         odd = sorted(set(wanted) ^ set(files.matrices))[0]
         raise AdapterError(
             "adapter-tensors",
-            f"the adapter and the slot {slot.name} do not adapt the same matrices; the first that differs is {odd}",
+            f"the adapter and the slot {name} do not adapt the same matrices; the first that differs is {odd}",
             hint="use the recipe that the adapter was trained with",
         )
     for site, (a_RD, b_OR) in wanted.items():
@@ -154,4 +193,3 @@ def fill_slot(slot: Slot, files: AdapterFiles) -> None:
                     hint="the adapter belongs to another base; choose its own base",
                 )
             mine.copy_(theirs)
-    slot.refresh()

@@ -37,7 +37,16 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
-    slots: Annotated[int, typer.Option("--slots", min=1, max=1024, help="Adapters in memory at a time.")] = 8,
+    slots: Annotated[int, typer.Option("--slots", min=1, max=1024, help="Adapters in use at a time.")] = 8,
+    adapter_memory: Annotated[
+        str, typer.Option("--adapter-memory", help="Host memory for adapters beside the slots, read and ready.")
+    ] = "2GB",
+    adapter_wait: Annotated[
+        float,
+        typer.Option(
+            "--adapter-wait", min=0.0, help="Seconds that an adapter waits for a slot before one is closed for it."
+        ),
+    ] = 5.0,
     rows: Annotated[int, typer.Option("--rows", min=1, max=1024, help="Most sequences at a time.")] = 16,
     context: Annotated[
         int, typer.Option("--context", min=16, help="Longest sequence in tokens, prompt and answer together.")
@@ -111,7 +120,7 @@ def serve(
     from tenon.service.serving import Serving, open_base, public_name, stopped_by_signals
 
     session = session_of(ctx)
-    cache_bytes = _parse_cache(cache)
+    cache_bytes, adapter_bytes = _parse_size(cache, "--cache"), _parse_size(adapter_memory, "--adapter-memory")
     foreign = None
     if engine_name is EngineName.vllm:
         foreign = find_vllm(engine_python, engine_options, session.settings)
@@ -131,6 +140,8 @@ def serve(
         host=host,
         port=port,
         slots=slots,
+        adapter_bytes=adapter_bytes,
+        adapter_wait_seconds=adapter_wait,
         rows=rows,
         context_tokens=context,
         cache_bytes=cache_bytes,
@@ -176,13 +187,13 @@ def serve(
         serving.finish()
 
 
-def _parse_cache(text: str) -> int:
+def _parse_size(text: str, option: str) -> int:
     from tenon.units import parse_bytes
 
     try:
         return parse_bytes(text)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--cache") from error
+        raise typer.BadParameter(str(error), param_hint=option) from error
 
 
 def _wait_until_ready(events: Iterator[Event], view: View) -> Event | None:

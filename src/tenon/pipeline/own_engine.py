@@ -74,4 +74,12 @@ def cache_limits(request: ServeRequest | EngineRequest, decoder: Decoder) -> Lim
             got=f"{format_bytes(one)} a sequence",
             hint="give more with --cache, or shorter sequences with --context",
         )
-    return Limits(request.rows, context, request.cache_bytes, _PASS_TOKENS[decoder.device.type], request.slots)
+    return Limits(
+        request.rows,
+        context,
+        request.cache_bytes,
+        _PASS_TOKENS[decoder.device.type],
+        request.slots,
+        request.adapter_bytes,
+        request.adapter_wait_seconds,
+    )

@@ -58,6 +58,8 @@ def engine_starter(request: ServeRequest, replicas: Replicas, settings: Settings
             EngineRequest(
                 engine=request.engine.model_copy(update={"machine": seat.machine}),
                 slots=request.slots,
+                adapter_bytes=request.adapter_bytes,
+                adapter_wait_seconds=request.adapter_wait_seconds,
                 rows=request.rows,
                 context_tokens=request.context_tokens,
                 cache_bytes=request.cache_bytes,

@@ -145,6 +145,8 @@ class EngineRequest(Value):
 
     engine: Engine
     slots: int = 8
+    adapter_bytes: int = 2 << 30
+    adapter_wait_seconds: float = 5.0
     rows: int = 16
     context_tokens: int = 4096
     cache_bytes: int = 2 << 30
@@ -178,7 +180,8 @@ class Replicas(Value):
 class ServeRequest(Value):
     """Answer requests over HTTP until SIGTERM; then what runs is finished and the worker ends with 0.
 
-    name: what clients call the base. port: 0 takes a free one. slots: adapters in the bank at a time. rows: most
+    name: what clients call the base. port: 0 takes a free one. slots: adapters in the bank at a time; adapter_bytes:
+    host memory for more of them; adapter_wait_seconds: how long one waits before a slot is closed for it. rows: most
     sequences at a time. context_tokens: the longest, prompt and answer together. cache_bytes: of all keys and values;
     when they are full, the youngest sequence waits. queue: sequences that may wait besides. drain_seconds: what runs
     may take so long to finish. foreign: who makes the sequences instead of this package. cors: origins of web pages
@@ -195,6 +198,8 @@ class ServeRequest(Value):
     host: str = "127.0.0.1"
     port: int = 8000
     slots: int = 8
+    adapter_bytes: int = 2 << 30
+    adapter_wait_seconds: float = 5.0
     rows: int = 16
     context_tokens: int = 4096
     cache_bytes: int = 2 << 30

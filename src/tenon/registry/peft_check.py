@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from tenon.bases.facts import MODULE_PATHS
 from tenon.errors import AdapterError
-from tenon.registry.safetensors_header import TensorFacts, first_not_finite, read_header
+from tenon.registry.safetensors_header import TensorFacts, first_not_finite, parse_header, read_header
 from tenon.units import format_bytes
 
 CONFIG_NAME = "adapter_config.json"
@@ -82,16 +84,35 @@ def describe_adapter(folder: Path) -> AdapterFacts:
     adapter-tensors, adapter-not-finite, each naming the file and what is wrong in it.
     """
     _check_files(folder)
-    config = _read_config(folder / CONFIG_NAME)
     path = folder / TENSORS_NAME
     try:
         tensors = read_header(path)
     except ValueError as error:
         raise _tensor_error(path, f"cannot be read: {error}") from error
+    return _describe(folder, (folder / CONFIG_NAME).read_bytes(), tensors, path)
+
+
+def describe_contents(folder: Path, contents: Mapping[str, bytearray]) -> tuple[AdapterFacts, dict[str, TensorFacts]]:
+    """`describe_adapter` of files that were read, by name, and where the tensors lie in what was read.
+
+    folder: where they were, for the words of errors alone. Raises as `describe_adapter`.
+    """
+    content = contents[TENSORS_NAME]
+    try:
+        tensors = parse_header(BytesIO(content), len(content))
+    except ValueError as error:
+        raise _tensor_error(folder / TENSORS_NAME, f"cannot be read: {error}") from error
+    return _describe(folder, bytes(contents[CONFIG_NAME]), tensors, content), tensors
+
+
+def _describe(
+    folder: Path, config_json: bytes, tensors: dict[str, TensorFacts], content: Path | bytearray
+) -> AdapterFacts:
+    config, path = _read_config(folder / CONFIG_NAME, config_json), folder / TENSORS_NAME
     pairs = _pairs(path, tensors)
     sizes = _ranks_and_alphas(folder, config, pairs)
     _check_promised(path, config, set(pairs))
-    broken = first_not_finite(path, tensors)
+    broken = first_not_finite(content, tensors)
     if broken is not None:
         raise AdapterError(
             "adapter-not-finite",
@@ -136,9 +157,9 @@ def _check_files(folder: Path) -> None:
             )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path, raw: bytes) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise _config_error(path, "is no valid JSON", got=str(error)[:200]) from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":

@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 # 60,000 tensors with long names stay below this; the format itself would allow 100 MB.
 MAX_HEADER_BYTES = 32_000_000
@@ -36,14 +36,18 @@ class TensorFacts:
 
 def read_header(path: Path) -> dict[str, TensorFacts]:
     """Name -> tensor, in order of their bytes. Raises ValueError, saying what is not quite right."""
-    size_bytes = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size_bytes < 8 or length > size_bytes - 8:
-            raise ValueError(f"it is cut short: {size_bytes:,} bytes cannot hold its header")
-        if length > MAX_HEADER_BYTES:
-            raise ValueError(f"its header of {length:,} bytes is longer than {MAX_HEADER_BYTES:,}")
-        raw = file.read(length)
+        return parse_header(file, path.stat().st_size)
+
+
+def parse_header(file: BinaryIO, size_bytes: int) -> dict[str, TensorFacts]:
+    """`read_header` of an open file, or of its content in memory; no more than the header is read."""
+    length = int.from_bytes(file.read(8), "little")
+    if size_bytes < 8 or length > size_bytes - 8:
+        raise ValueError(f"it is cut short: {size_bytes:,} bytes cannot hold its header")
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(f"its header of {length:,} bytes is longer than {MAX_HEADER_BYTES:,}")
+    raw = file.read(length)
     try:
         tree = json.loads(raw, object_pairs_hook=_no_repeats)
     except (ValueError, RecursionError) as error:
@@ -55,13 +59,17 @@ def read_header(path: Path) -> dict[str, TensorFacts]:
     return _without_holes(tensors, 8 + length, size_bytes)
 
 
-def first_not_finite(path: Path, tensors: dict[str, TensorFacts]) -> str | None:
-    """The name of the first tensor that holds NaN or infinity, or None."""
+def first_not_finite(content: Path | bytearray, tensors: dict[str, TensorFacts]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity, or None. content: the file, or what it holds."""
     import numpy as np
 
     for name, facts in tensors.items():
         width, mask = FLOATS[facts.dtype]
-        bits = np.memmap(path, dtype=f"<u{width}", mode="r", offset=facts.start, shape=(math.prod(facts.shape),))
+        kind, count = f"<u{width}", math.prod(facts.shape)
+        if isinstance(content, Path):
+            bits = np.memmap(content, dtype=kind, mode="r", offset=facts.start, shape=(count,))
+        else:
+            bits = np.frombuffer(content, dtype=kind, offset=facts.start, count=count)
         for start in range(0, bits.size, _CHUNK_VALUES):
             if bool(((bits[start : start + _CHUNK_VALUES] & mask) == mask).any()):
                 return name

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from tenon.errors import AdapterError
 from tenon.registry.alias_book import AliasBook
 from tenon.registry.aliases import Alias, Guard, Target, is_alias, new_target, read_aliases
+from tenon.registry.contents import damaged, read_content
 from tenon.registry.entry import Entry, EntryDraft
 from tenon.registry.guards import require_as_good
 from tenon.registry.lock import locked
@@ -210,13 +211,20 @@ class Registry:
         """
         entry = self.get(spec)
         folder = self.folder(entry)
-        strange = sorted({place.name for place in folder.iterdir()} - {*PEFT_FILES, *entry.beside, ENTRY_NAME})
-        if strange:
-            raise _damaged(folder, f"{strange[0]} does not belong there")
+        _require_nothing_else(folder, entry)
         for name, facts in (entry.files | entry.beside).items():
             _require_file(folder, name, facts)
         check_adapter(folder)
         return entry
+
+    def read(self, spec: str) -> tuple[Entry, dict[str, bytearray]]:
+        """The entry, and what its PEFT files hold: each is read once, so what is given is what was registered, whatever
+        becomes of the files meanwhile. Not checked any further. Raises AdapterError adapter-damaged, adapter-too-large.
+        """
+        entry = self.get(spec)
+        folder = self.folder(entry)
+        _require_nothing_else(folder, entry)
+        return entry, {name: read_content(folder, name, facts) for name, facts in entry.files.items()}
 
     def probes(self, entry: Entry) -> Probes | None:
         """What the adapter said when it was trained; None where nothing was recorded (the recipe did not want it, or
@@ -226,7 +234,7 @@ class Registry:
         try:
             return None if content is None else Probes.from_json(content)
         except ValidationError as error:
-            raise _damaged(self.folder(entry), f"{PROBES_NAME} holds no probes of this version of Tenon") from error
+            raise damaged(self.folder(entry), f"{PROBES_NAME} holds no probes of this version of Tenon") from error
 
     def template(self, entry: Entry) -> str | None:
         """The source of the adapter's own chat template; None where it was trained with the base's.
@@ -237,7 +245,7 @@ class Registry:
         try:
             return None if content is None else content.decode()
         except UnicodeDecodeError as error:
-            raise _damaged(self.folder(entry), f"{TEMPLATE_NAME} is no text") from error
+            raise damaged(self.folder(entry), f"{TEMPLATE_NAME} is no text") from error
 
     def beside(self, entry: Entry, name: str) -> bytes | None:
         """What a file beside the adapter's holds, as it was registered; None where the version has no such file.
@@ -392,30 +400,32 @@ def _require_file(folder: Path, name: str, facts: FileFacts) -> None:
     """Raises AdapterError adapter-damaged unless a file is what was registered."""
     path = folder / name
     if path.is_symlink() or not path.is_file():
-        raise _damaged(folder, f"{name} is missing" if not path.is_symlink() else f"{name} is a link")
+        raise damaged(folder, f"{name} is missing" if not path.is_symlink() else f"{name} is a link")
     if path.stat().st_size != facts.size_bytes:
-        raise _damaged(folder, f"{name} has {path.stat().st_size:,} bytes instead of {facts.size_bytes:,}")
+        raise damaged(folder, f"{name} has {path.stat().st_size:,} bytes instead of {facts.size_bytes:,}")
     if hash_file(path) != facts.sha256:
-        raise _damaged(folder, f"{name} does not hold what was registered")
+        raise damaged(folder, f"{name} does not hold what was registered")
+
+
+def _require_nothing_else(folder: Path, entry: Entry) -> None:
+    """Raises AdapterError adapter-damaged when something lies in the folder that was not registered."""
+    try:
+        strange = sorted({place.name for place in folder.iterdir()} - {*PEFT_FILES, *entry.beside, ENTRY_NAME})
+    except OSError as error:
+        raise damaged(folder, "its files went away") from error
+    if strange:
+        raise damaged(folder, f"{strange[0]} does not belong there")
 
 
 def _read_entry(folder: Path) -> Entry:
     try:
         entry = Entry.from_json((folder / ENTRY_NAME).read_bytes())
     except FileNotFoundError as error:
-        raise _damaged(folder, f"{ENTRY_NAME} is missing") from error
+        raise damaged(folder, f"{ENTRY_NAME} is missing") from error
     except ValidationError as error:
-        raise _damaged(folder, f"{ENTRY_NAME} is no entry of this version of Tenon") from error
+        raise damaged(folder, f"{ENTRY_NAME} is no entry of this version of Tenon") from error
     if (entry.name, str(entry.version)) != (folder.parent.name, folder.name):
-        raise _damaged(folder, f"{ENTRY_NAME} says that it is {entry.label}")
+        raise damaged(folder, f"{ENTRY_NAME} says that it is {entry.label}")
     if set(entry.files) != set(PEFT_FILES) or not set(entry.beside) <= BESIDE:
-        raise _damaged(folder, f"{ENTRY_NAME} lists other files than an adapter has")
+        raise damaged(folder, f"{ENTRY_NAME} lists other files than an adapter has")
     return entry
-
-
-def _damaged(folder: Path, what: str) -> AdapterError:
-    return AdapterError(
-        "adapter-damaged",
-        f"{folder}: {what}",
-        hint=f"use another version, or remove this one: tenon adapters remove {folder.parent.name}@{folder.name}",
-    )

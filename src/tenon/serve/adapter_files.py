@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tenon.adapters.peft_files import AdapterFiles, read_adapter
+from tenon.adapters.peft_files import AdapterFiles, parse_adapter
 from tenon.errors import AdapterError
 from tenon.registry.store import Registry
 from tenon.serve.jobs import AdapterRef
@@ -17,14 +17,14 @@ class AdapterReader:
     registry: Registry
 
     def __call__(self, adapter: AdapterRef) -> AdapterFiles:
-        """The files of a version, hashed and checked first. Raises AdapterError."""
-        entry = self.registry.verify(adapter.label)
+        """What the version holds: each file is read once, hashed, and checked as it was read. Raises AdapterError."""
         try:
-            return read_adapter(self.registry.folder(entry))
+            entry, contents = self.registry.read(adapter.label)
         except OSError as error:
             raise AdapterError(
                 "adapter-damaged",
-                f"{adapter.label}: its files went away while they were read",
+                f"{adapter.label}: its files cannot be read",
                 got=str(error.strerror),
                 hint="use another version",
             ) from error
+        return parse_adapter(self.registry.folder(entry), contents)

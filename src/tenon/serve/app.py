@@ -19,6 +19,7 @@ from tenon.serve.completions import completion_routes
 from tenon.serve.desk import Desk
 from tenon.serve.embeddings import embedding_routes
 from tenon.serve.error_replies import tell_errors
+from tenon.serve.jobs import AdapterState, Engines
 from tenon.serve.middleware import REQUEST_ID, BodyBound, Named, Watched
 from tenon.serve.names import Listed
 from tenon.serve.protocol import ErrorBody
@@ -90,13 +91,12 @@ def _model_routes(desk: Desk) -> APIRouter:
 
     def shown(listed: Listed) -> Model:
         entry = listed.entry
-        resident = entry is None or entry.adapter_hash in desk.gate.engine.resident
         return Model(
             id=listed.name,
             created=0 if entry is None else int(entry.created),
             root=listed.label,
             parent=None if entry is None else desk.names.base,
-            state="resident" if resident else "on disk",
+            state="resident" if entry is None else _state(desk.gate.engine, entry.adapter_hash),
             rank=None if entry is None else entry.rank,
         )
 
@@ -121,6 +121,11 @@ def _model_routes(desk: Desk) -> APIRouter:
         return shown(listed)
 
     return router
+
+
+def _state(engine: Engines, key: str) -> AdapterState:
+    """Where an adapter is. Engines that know no more say what is resident."""
+    return "resident" if key in engine.resident else engine.load.states.get(key, "on disk")
 
 
 def _state_routes(desk: Desk) -> APIRouter:

@@ -3,19 +3,22 @@
     submit, cancel, stop      any thread      ->  a queue
     run                       the owner       obeys the queue, gives jobs their slots, makes a pass, delivers
 
-A job whose adapter is not in the bank is parked until it is; others pass it by. This module knows no text and no HTTP.
+A job waits here until its adapter has a slot and the engine a place; others pass it by, as far as `turns` lets them.
+This module knows no text and no HTTP.
 """
 
 from __future__ import annotations
 
 import itertools
 import queue
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tenon.adapters.bank import AdapterBank
-from tenon.errors import AdapterError, StopRequestedError, TenonError
+from tenon.errors import StopRequestedError, TenonError
 from tenon.infer.decode_graphs import DecodeGraphs
 from tenon.infer.engine import Engine
 from tenon.infer.guides import Guides
@@ -24,12 +27,31 @@ from tenon.models.cache import KvCache
 from tenon.models.decoder import Decoder
 from tenon.serve.compiling import Compiling
 from tenon.serve.jobs import Deliver, Ended, Event, Failed, Job, Limits, Load, Mailbox
-from tenon.serve.residency import ReadFiles, Residency
+from tenon.serve.residency import Bounds, ReadFiles, Residency
+from tenon.serve.waiting import WaitingJobs
+
+# How long to sleep while nothing can be computed and a slot is on its way, which tells nobody that it is there.
+_ARRIVAL_SECONDS = 0.001
 
 
 @dataclass(frozen=True, slots=True)
 class _Cancel:
     job: Job
+
+
+@dataclass(slots=True)
+class _Waits:
+    """How long sequences waited for a slot, those that had to."""
+
+    count: int = 0
+    seconds: float = 0.0
+    most_seconds: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """One sequence more."""
+        if seconds > 0.0:
+            self.count, self.seconds = self.count + 1, self.seconds + seconds
+            self.most_seconds = max(self.most_seconds, seconds)
 
 
 class EngineLoop:
@@ -46,6 +68,7 @@ class EngineLoop:
         guides: Guides[Any] | None = None,
         on_start: Callable[[Job], None] | None = None,
         on_turn: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """guides: for requests with a grammar; None where there are none. on_start: told when a job has got its place,
         and again when it had given it back. on_turn: called after every pass, and after every `wake`. Both by the
@@ -74,14 +97,21 @@ class EngineLoop:
             graphs=_record(decoder, bank, cache, slots=limits.slots),
         )
         self._inbox: queue.SimpleQueue[Job | _Cancel | Literal["wake", "stop"]] = queue.SimpleQueue()
-        self._residency = Residency(bank, slots=limits.slots, read=read, on_read=lambda: self._inbox.put("wake"))
+        bounds = Bounds(limits.slots, limits.adapter_bytes, limits.adapter_wait_seconds)
+        self._residency = Residency(
+            bank, bounds=bounds, read=read, on_read=lambda: self._inbox.put("wake"), clock=clock
+        )
         self._compiling = Compiling(guides, on_done=lambda: self._inbox.put("wake"))
         self._deliver, self._on_turn = deliver, on_turn
-        self._parked: list[Job] = []
+        self._unprepared: list[Job] = []  # their grammars are being compiled
+        self._waiting = WaitingJobs(clock)
+        self._waits = _Waits()
         self._running: dict[int, Job] = {}
         self._numbers = itertools.count()
         self._letters: list[tuple[Mailbox, Event]] = []
         self._stopped = False
+        # Nothing ran when it was last looked for something to do, and nothing was found.
+        self._rests = False
         self.load = Load()
 
     @property
@@ -92,7 +122,7 @@ class EngineLoop:
     @property
     def loads(self) -> int:
         """How often an adapter was put into the bank."""
-        return self._residency.loads
+        return self.load.adapters.loads
 
     def submit(self, job: Job) -> None:
         """Have a sequence made; its mailbox gets the events."""
@@ -115,7 +145,11 @@ class EngineLoop:
         try:
             while not self._stopped:
                 self._obey()
-                self._give_slots()
+                idle = not self._engine.busy
+                self._prepare()
+                self._arrange()
+                self._let_in()
+                self._rests = idle and not self._engine.busy
                 self._engine.step()
                 self._hand_over()
         finally:
@@ -128,58 +162,75 @@ class EngineLoop:
 
     def _obey(self) -> None:
         """Take in everything that waits in the queue; wait for something when there is nothing else to do."""
-        if not self._engine.busy:
-            self._take_in(self._inbox.get())
+        if self._rests:
+            with suppress(queue.Empty):
+                self._take_in(self._inbox.get(timeout=_ARRIVAL_SECONDS if self._residency.arriving else None))
         while not self._stopped and not self._inbox.empty():
             self._take_in(self._inbox.get())
 
     def _take_in(self, word: Job | _Cancel | Literal["wake", "stop"]) -> None:
         if isinstance(word, Job):
-            self._parked.append(word)
+            self._unprepared.append(word)
         elif isinstance(word, _Cancel):
             self._end(word.job)
         elif word == "stop":
             self._stopped = True
 
     def _end(self, job: Job) -> None:
-        if job in self._parked:
-            self._parked.remove(job)
+        unprepared = job in self._unprepared
+        if unprepared:
+            self._unprepared.remove(job)
+        if unprepared or self._waiting.discard(job):
             self._letters.append((job.mailbox, Ended(Completion((), (), "cancelled"))))
         for number in [number for number, running in self._running.items() if running is job]:
             self._engine.cancel(number)
 
-    def _give_slots(self) -> None:
-        """Let go to the engine whatever needs no adapter or whose adapter has a slot; in the order of arrival."""
+    def _prepare(self) -> None:
+        """Let those wait for their turn whose grammar has been compiled."""
         still: list[Job] = []
-        refused: dict[str, AdapterError] = {}
-        for job in self._parked:
+        for job in self._unprepared:
             try:
                 ready = self._compiling.ready(job.request.grammar)
             except TenonError as error:
                 self._letters.append((job.mailbox, Failed(error)))
                 continue
-            if not ready:
-                still.append(job)
-                continue
-            slot = job.request.slot if job.adapter is None else None
-            if job.adapter is not None and job.adapter.key not in refused:
-                try:
-                    slot = self._residency.acquire(job.adapter)
-                except AdapterError as error:
-                    refused[job.adapter.key] = error
-            if job.adapter is not None and job.adapter.key in refused:
-                self._letters.append((job.mailbox, Failed(refused[job.adapter.key])))
-            elif slot is None:
-                still.append(job)
+            if ready:
+                self._wait_for_turn(job)
             else:
-                number = next(self._numbers)
-                self._running[number] = job
-                # What is remembered of a prompt belongs to the adapter: its slot may be another one's tomorrow.
-                owner = None if job.adapter is None else job.adapter.key
-                self._engine.submit(number, replace(job.request, slot=slot, adapter_key=owner))
-        self._parked = still
+                still.append(job)
+        self._unprepared = still
         self._compiling.forget_others({job.request.grammar for job in still})
-        self._residency.forget_others({job.adapter.key for job in still if job.adapter is not None})
+
+    def _wait_for_turn(self, job: Job) -> None:
+        self._waiting.add(job)
+        if job.adapter is not None:
+            self._residency.count(job.adapter.key)
+
+    def _arrange(self) -> None:
+        """Bring the adapters that are waited for nearer, and tell those whose adapter is refused."""
+        for key, error in self._residency.arrange(self._waiting.needs(), self._waiting.next_number).items():
+            self._letters += [(job.mailbox, Failed(error)) for job in self._waiting.take_all(key)]
+
+    def _let_in(self) -> None:
+        """Let go to the engine, in the order of arrival, as many as it has places for, of those whose adapter has a
+        slot for them or who need none.
+        """
+        while self._engine.running + self._engine.waiting < self.limits.rows:
+            waiter = self._waiting.take(self._admits)
+            if waiter is None:
+                return
+            job, slot, owner = waiter.job, waiter.job.request.slot, None
+            if job.adapter is not None:
+                self._waits.add(self._residency.waited_seconds(job.adapter.key, waiter.since))
+                slot = self._residency.take(job.adapter.key)
+                # What is remembered of a prompt belongs to the adapter: its slot may be another one's tomorrow.
+                owner = job.adapter.key
+            number = next(self._numbers)
+            self._running[number] = job
+            self._engine.submit(number, replace(job.request, slot=slot, adapter_key=owner))
+
+    def _admits(self, key: str | None, number: int) -> bool:
+        return key is None or self._residency.admits(key, number)
 
     # ---- what goes out ------------------------------------------------------------------------------------------
 
@@ -196,18 +247,26 @@ class EngineLoop:
     def _finished(self, index: int) -> Job:
         job = self._running.pop(index)
         if job.adapter is not None:
-            self._residency.release(job.adapter)
+            self._residency.release(job.adapter.key)
         return job
 
     def _hand_over(self) -> None:
         now = self._engine.stats()
+        parked = self._waiting.count_unless(self._admits)
         self.load = Load(
             running=now.running,
-            waiting=now.waiting,
-            parked=len(self._parked),
+            waiting=now.waiting + len(self._unprepared) + len(self._waiting) - parked,
+            parked=parked,
             cache_used=now.blocks_used / now.blocks_total,
             prefix_hit_tokens=now.prefix_hit_tokens,
             preemptions=now.preemptions,
+            adapters=replace(
+                self._residency.traffic(),
+                waited=self._waits.count,
+                wait_seconds=self._waits.seconds,
+                most_wait_seconds=self._waits.most_seconds,
+            ),
+            states=self._residency.states(),
         )
         if self._letters:
             letters, self._letters = self._letters, []
@@ -221,10 +280,11 @@ class EngineLoop:
         while not self._inbox.empty():
             word = self._inbox.get()
             if isinstance(word, Job):
-                self._parked.append(word)
-        self._letters += [(job.mailbox, Failed(error)) for job in (*self._running.values(), *self._parked)]
+                self._unprepared.append(word)
+        left = (*self._running.values(), *self._waiting.clear(), *self._unprepared)
+        self._letters += [(job.mailbox, Failed(error)) for job in left]
         self._running.clear()
-        self._parked.clear()
+        self._unprepared.clear()
 
 
 def _record(decoder: Decoder, bank: AdapterBank, cache: KvCache, *, slots: int) -> DecodeGraphs | None:

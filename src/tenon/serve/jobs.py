@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Literal, Protocol, TypeAlias
 
 from tenon.errors import TenonError
 from tenon.infer.requests import Completion, Request, Token
@@ -11,10 +12,13 @@ from tenon.infer.requests import Completion, Request, Token
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """One registered version of an adapter. key: hash of its files, equal for equal adapters. label: `name@3`."""
+    """One registered version of an adapter. key: hash of its files, equal for equal adapters. label: `name@3`.
+    size_bytes: of its files, 0 where that is not known.
+    """
 
     key: str
     label: str
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,8 @@ class Job:
 class Limits:
     """rows: sequences at a time. context_tokens: longest sequence, prompt and answer together. cache_bytes: keys and
     values of all sequences, and of beginnings that are remembered. pass_tokens: most tokens of one pass. slots:
-    adapters in the bank at a time.
+    adapters in the bank at a time. adapter_bytes: host memory for adapters beside those. adapter_wait_seconds: after
+    which an adapter that waits for a slot has one closed for it (see `serve.turns`).
     """
 
     rows: int
@@ -78,6 +83,54 @@ class Limits:
     cache_bytes: int
     pass_tokens: int
     slots: int
+    adapter_bytes: int = 2 << 30
+    adapter_wait_seconds: float = 5.0
+
+
+# Where an adapter is nearest to hand: in a slot, on its way from host memory into one, read and ready in host memory,
+# being read, or on disk alone.
+AdapterState: TypeAlias = Literal["resident", "loading", "in memory", "on disk"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterTraffic:
+    """What adapters did so far. from_slot, from_memory, from_disk: sequences whose adapter was there when they came.
+
+    reads: adapters read from disk, in read_seconds together. loads: adapters put into a slot; evictions: taken out of
+    one for another; dropped: from host memory. memory_bytes: what host memory holds now. waited, wait_seconds,
+    most_wait_seconds: sequences that waited for a slot, how long together, and the longest.
+    """
+
+    from_slot: int = 0
+    from_memory: int = 0
+    from_disk: int = 0
+    reads: int = 0
+    read_seconds: float = 0.0
+    loads: int = 0
+    evictions: int = 0
+    dropped: int = 0
+    memory_bytes: int = 0
+    waited: int = 0
+    wait_seconds: float = 0.0
+    most_wait_seconds: float = 0.0
+
+
+def sum_traffic(parts: Sequence[AdapterTraffic]) -> AdapterTraffic:
+    """What the adapters of several engines did together."""
+    names = [each.name for each in fields(AdapterTraffic) if each.name != "most_wait_seconds"]
+    together = {name: sum(getattr(part, name) for part in parts) for name in names}
+    return AdapterTraffic(**together, most_wait_seconds=max((part.most_wait_seconds for part in parts), default=0.0))
+
+
+def nearest(parts: Sequence[Mapping[str, AdapterState]]) -> dict[str, AdapterState]:
+    """Where adapters are nearest to hand in any of several engines."""
+    order: tuple[AdapterState, ...] = ("on disk", "in memory", "loading", "resident")
+    found: dict[str, AdapterState] = {}
+    for part in parts:
+        for key, state in part.items():
+            before = found.get(key, order[0])
+            found[key] = state if order.index(state) > order.index(before) else before
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +139,8 @@ class Load:
 
     cache_used: share of the cache that sequences hold. prefix_hit_tokens: tokens of prompts that were not computed
     again, since the start; preemptions: how often a sequence gave up its place when the cache was full. able: whether
-    anything could be begun now; where engines are processes of their own, all may be starting.
+    anything could be begun now; where engines are processes of their own, all may be starting. adapters: what adapters
+    did; states: where those are that are not on disk alone, by key.
     """
 
     running: int = 0
@@ -96,6 +150,8 @@ class Load:
     prefix_hit_tokens: int = 0
     preemptions: int = 0
     able: bool = True
+    adapters: AdapterTraffic = AdapterTraffic()
+    states: Mapping[str, AdapterState] = field(default_factory=dict)
 
 
 class Engines(Protocol):

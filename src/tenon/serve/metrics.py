@@ -79,14 +79,26 @@ class _Engine(Collector):
             ("tenon_sequences_parked", "Sequences that wait for their adapter.", load.parked),
             ("tenon_cache_used_ratio", "Share of the cache that sequences hold.", load.cache_used),
             ("tenon_adapters_resident", "Adapters in slots.", len(self.engine.resident)),
+            ("tenon_adapter_memory_bytes", "Host memory of adapters beside slots.", load.adapters.memory_bytes),
+            ("tenon_adapter_wait_seconds_most", "The longest wait for a slot.", load.adapters.most_wait_seconds),
         ):
             yield GaugeMetricFamily(name, text, value=value)
         for name, text, value in (
             ("tenon_prefix_hit_tokens", "Tokens of prompts that were not computed again.", load.prefix_hit_tokens),
             ("tenon_preemptions", "Places given up to a full cache.", load.preemptions),
             ("tenon_adapter_loads", "Adapters put into slots.", self.engine.loads),
+            ("tenon_adapter_evictions", "Adapters that left a slot for another.", load.adapters.evictions),
+            ("tenon_adapter_reads", "Adapters read from disk.", load.adapters.reads),
+            ("tenon_adapter_read_seconds", "Time that reading them took.", load.adapters.read_seconds),
+            ("tenon_adapter_drops", "Adapters dropped from host memory.", load.adapters.dropped),
         ):
             yield CounterMetricFamily(name, text, value=value)
+        text = "Sequences, by where their adapter was when they came."
+        tiers = CounterMetricFamily("tenon_adapter_sequences", text, labels=["tier"])
+        tiers.add_metric(["slot"], load.adapters.from_slot)
+        tiers.add_metric(["memory"], load.adapters.from_memory)
+        tiers.add_metric(["disk"], load.adapters.from_disk)
+        yield tiers
 
 
 class Metrics:

@@ -128,7 +128,7 @@ class Names:
         return Target(
             entry.label,
             asked_as_trained(renderer, entry.system),
-            AdapterRef(entry.adapter_hash, entry.label),
+            AdapterRef(entry.adapter_hash, entry.label, entry.size_bytes),
             stop_ids_of(entry.label, entry.generation.stop_tokens, renderer),
             entry.generation,
             dealt,

@@ -26,7 +26,7 @@ from tenon.infer.requests import Completion
 from tenon.serve.fleet import Fleet
 from tenon.serve.flight import Flight, suspects
 from tenon.serve.job_lines import Pass, cancel_line, job_line
-from tenon.serve.jobs import Deliver, Ended, Event, Failed, Job, Limits, Load, Mailbox
+from tenon.serve.jobs import Deliver, Ended, Event, Failed, Job, Limits, Load, Mailbox, nearest, sum_traffic
 from tenon.serve.replica import Patience, Replica, StartEngine, State
 from tenon.serve.routing import choose, home_key
 from tenon.serve.scaling import Scaler, ScaleRule
@@ -358,6 +358,8 @@ class EnginePool:
             prefix_hit_tokens=sum(load.prefix_hit_tokens for load in loads),
             preemptions=sum(load.preemptions for load in loads),
             able=bool(ready),
+            adapters=sum_traffic([load.adapters for load in loads]),
+            states=nearest([load.states for load in loads]),
         )
         self.resident = frozenset().union(*(replica.resident for replica in replicas))
         self.loads = sum(replica.loads for replica in replicas)

@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from tenon.serve.jobs import AdapterState
 from tenon.serve.said import SaidToken
 
 # What stands for a probability of zero: JSON has no infinity.
@@ -134,7 +135,7 @@ class ChatChunk(BaseModel):
 class Model(BaseModel):
     """A name that can be asked for. root: what it means now; parent: the base that an adapter stands on.
 
-    state: whether the weights are in the bank, or will be read when somebody asks.
+    state: where the weights are nearest to hand: in a slot, on their way to one, in host memory, or on disk alone.
     """
 
     id: str
@@ -143,7 +144,7 @@ class Model(BaseModel):
     owned_by: Literal["tenon"] = "tenon"
     root: str
     parent: str | None = None
-    state: Literal["resident", "on disk"]
+    state: AdapterState
     rank: int | None = None
 
 

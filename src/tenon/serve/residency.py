@@ -1,106 +1,220 @@
-"""Which adapters are in the bank: a bounded number of slots, filled on first use, the longest idle one given up.
+"""Adapters between disk, host memory and the slots of the bank, so that no running sequence waits for any of it.
 
-Files are read and checked by a thread of their own, so that a pass never waits for a disk; the matrices are copied into
-the bank by the thread that owns it. Everything but `resident` belongs to that thread. This module knows no requests.
+    disk  --reader thread-->  host memory, ready (`adapter_memory`)  --arrival-->  slot
+
+`turns` decides who gets a slot; here it is done. What the thread that owns the bank does itself is to take a finished
+slot in or out: no matrix is copied by it, and no other slot is touched. Everything belongs to that thread.
+This module knows no requests, only who waits for an adapter and who uses one.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from tenon.adapters.bank import AdapterBank
-from tenon.adapters.peft_files import AdapterFiles, load_adapter
-from tenon.serve.jobs import AdapterRef
+from tenon.adapters.peft_files import AdapterFiles
+from tenon.adapters.ready import Arrival, BankKind, Mover, ReadyAdapter, make_mover, make_ready
+from tenon.errors import AdapterError
+from tenon.serve.adapter_memory import AdapterMemory
+from tenon.serve.jobs import AdapterRef, AdapterState, AdapterTraffic
+from tenon.serve.turns import Decision, Need, Place, decide
 
-# Adapters that are read ahead of a free slot: the next one is then at hand, and the host's memory is not filled.
-_READ_AHEAD = 2
 
-ReadFiles = Callable[[AdapterRef], AdapterFiles]
+class ReadFiles(Protocol):
+    """Reads and checks the files of an adapter; called by another thread. Raises AdapterError."""
+
+    def __call__(self, adapter: AdapterRef, /) -> AdapterFiles: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """slots: most adapters in the bank. memory_bytes: of adapters beside them. wait_seconds: see `turns`."""
+
+    slots: int
+    memory_bytes: int
+    wait_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """An adapter with a place. number: its slot, None while it is on its way. ready: its copy in host memory, where
+    that is the slot itself.
+    """
+
+    place: Place
+    arrival: Arrival | None
+    number: int | None = None
+    ready: ReadyAdapter | None = None
 
 
 @dataclass(slots=True)
-class _Place:
-    """A slot in use. users: sequences that were promised it. used: when it was last asked for, as a count."""
-
-    slot: int
-    users: int
-    used: int
+class _Counts:
+    loads: int = 0
+    evictions: int = 0
+    found: dict[AdapterState, int] = field(default_factory=dict)
 
 
 class Residency:
-    """The adapters in the bank, by their key."""
+    """The adapters of one bank, by their key."""
 
-    def __init__(self, bank: AdapterBank, *, slots: int, read: ReadFiles, on_read: Callable[[], None]) -> None:
-        """slots: most adapters at a time. read: raises AdapterError. on_read: called, by another thread, when files
-        are at hand or have been refused; ask again then.
+    def __init__(
+        self,
+        bank: AdapterBank,
+        *,
+        bounds: Bounds,
+        read: ReadFiles,
+        on_read: Callable[[], None],
+        clock: Callable[[], float],
+        reader: Executor | None = None,
+        mover: Mover | None = None,
+    ) -> None:
+        """on_read: called by another thread, when something has been read or refused: `arrange` again then.
+        reader: of one thread. mover: by default the one that the bank's device wants.
         """
-        self._bank, self._slots, self._read, self._on_read = bank, slots, read, on_read
-        self._places: dict[str, _Place] = {}
-        self._reading: dict[str, Future[AdapterFiles]] = {}
-        self._clock = itertools.count()
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapters")
+        self._bank, self._bounds, self._clock = bank, bounds, clock
+        self._kind = BankKind(bank.facts, bank.dtype, bank.device)
+        self._mover = mover or make_mover(self._kind)
+        self._memory: AdapterMemory[ReadyAdapter] = AdapterMemory(
+            lambda adapter: make_ready(adapter.label, read(adapter), self._kind),
+            most_bytes=bounds.memory_bytes,
+            reader=reader or ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapters"),
+            on_read=on_read,
+            clock=clock,
+        )
+        self._held: dict[str, _Held] = {}
+        self._turn = itertools.count()
+        self._next_number = 0
+        self._counts = _Counts()
         self.resident: frozenset[str] = frozenset()
-        self.loads = 0
 
-    def acquire(self, adapter: AdapterRef) -> int | None:
-        """The adapter's slot, kept until `release`; None while it is being read or no slot is free: ask again.
+    @property
+    def arriving(self) -> bool:
+        """Whether a slot is on its way: `arrange` again soon."""
+        return any(held.number is None for held in self._held.values())
 
-        Raises AdapterError when its files are refused; the next call then reads them anew.
+    def arrange(self, needs: Sequence[Need], next_number: int) -> dict[str, AdapterError]:
+        """Bring what is waited for nearer. needs: in the order of arrival. next_number: above those of all that wait.
+        Returns why adapters were refused, by key; they are read anew when they are needed again.
         """
-        place = self._places.get(adapter.key)
-        if place is None:
-            place = self._load(adapter)
-        if place is None:
-            return None
-        place.users += 1
-        place.used = next(self._clock)
-        return place.slot
+        self._next_number = next_number
+        self._settle()
+        missing = [need for need in needs if need.adapter.key not in self._held]
+        refused = self._memory.want([need.adapter for need in missing])
+        needs = [need for need in needs if need.adapter.key not in refused]
+        decision = decide(
+            needs,
+            {key: held.place for key, held in self._held.items()},
+            slots=self._bounds.slots,
+            at_hand=self._memory.kept,
+            now=self._clock(),
+            wait_seconds=self._bounds.wait_seconds,
+        )
+        self._carry_out(decision)
+        return refused
 
-    def release(self, adapter: AdapterRef) -> None:
+    def admits(self, key: str, number: int) -> bool:
+        """Whether a sequence may be let in now: its adapter has a slot that is not closed to it."""
+        held = self._held.get(key)
+        return held is not None and held.number is not None and held.place.admits(number)
+
+    def take(self, key: str) -> int:
+        """The slot of an adapter that `admits`; kept until `release`."""
+        held = self._held[key]
+        assert held.number is not None
+        held.place.users += 1
+        held.place.used = next(self._turn)
+        return held.number
+
+    def waited_seconds(self, key: str, since: float) -> float:
+        """How long a sequence that came at `since` was not admitted."""
+        return max(self._held[key].place.open_since - since, 0.0)
+
+    def release(self, key: str) -> None:
         """One sequence less needs the slot."""
-        self._places[adapter.key].users -= 1
+        self._held[key].place.users -= 1
 
-    def forget_others(self, wanted: Collection[str]) -> None:
-        """Drop files that were read ahead for adapters that nobody waits for any more."""
-        for key in self._reading.keys() - set(wanted):
-            self._reading.pop(key).cancel()
+    def state(self, key: str) -> AdapterState:
+        """Where an adapter is nearest to hand."""
+        held = self._held.get(key)
+        if held is not None:
+            return "loading" if held.number is None else "resident"
+        if key in self._memory.kept:
+            return "in memory"
+        return "loading" if key in self._memory.reading else "on disk"
+
+    def states(self) -> dict[str, AdapterState]:
+        """Where those are that are not on disk alone."""
+        keys = (*self._memory.reading, *self._memory.kept, *self._held)
+        return {key: self.state(key) for key in keys}
+
+    def count(self, key: str) -> None:
+        """A sequence came for an adapter: note where that is."""
+        found = self._counts.found
+        found[self.state(key)] = found.get(self.state(key), 0) + 1
+
+    def traffic(self) -> AdapterTraffic:
+        """What adapters did so far, without the waiting of sequences."""
+        found, memory = self._counts.found, self._memory
+        return AdapterTraffic(
+            from_slot=found.get("resident", 0),
+            from_memory=found.get("in memory", 0),
+            from_disk=found.get("on disk", 0) + found.get("loading", 0),
+            reads=memory.reads,
+            read_seconds=memory.read_seconds,
+            loads=self._counts.loads,
+            evictions=self._counts.evictions,
+            dropped=memory.dropped,
+            memory_bytes=memory.size_bytes,
+        )
 
     def close(self) -> None:
         """Read nothing more."""
-        self._reader.shutdown(wait=False, cancel_futures=True)
+        self._memory.close()
+        self._mover.close()
 
-    def _load(self, adapter: AdapterRef) -> _Place | None:
-        reading = self._reading.get(adapter.key)
-        if reading is None:
-            if len(self._reading) < _READ_AHEAD:
-                reading = self._reader.submit(self._read, adapter)
-                self._reading[adapter.key] = reading
-                reading.add_done_callback(lambda _done: self._on_read())
-            return None
-        if not reading.done():
-            return None
-        if reading.exception() is not None:
-            self._reading.pop(adapter.key)
-        files = reading.result()
-        if not self._make_room():
-            return None
-        self._reading.pop(adapter.key)
-        place = _Place(load_adapter(self._bank, adapter.label, files), 0, 0)
-        self._places[adapter.key] = place
-        self.loads += 1
-        self.resident = frozenset(self._places)
-        return place
+    def _carry_out(self, decision: Decision) -> None:
+        for key, out in decision.gives:
+            if out is not None:
+                self._evict(out)
+            self._give(key)
+        for key, held in self._held.items():
+            closed_to = decision.closed.get(key)
+            if held.place.closed_to is not None and closed_to != held.place.closed_to:
+                held.place.open_since = self._clock()
+            held.place.closed_to = closed_to
+        if decision.gives:
+            self._settle()
 
-    def _make_room(self) -> bool:
-        """Whether a slot is free, after giving up the one that has been idle for longest if need be."""
-        if len(self._places) < self._slots:
-            return True
-        idle = [key for key, place in self._places.items() if place.users == 0]
-        if not idle:
-            return False
-        gone = self._places.pop(min(idle, key=lambda key: self._places[key].used))
-        self._bank.remove(gone.slot)
-        return True
+    def _give(self, key: str) -> None:
+        """Begin to bring an adapter that is in memory into a slot."""
+        in_place = self._mover.in_place
+        ready = self._memory.take(key) if in_place else self._memory.find(key)
+        assert ready is not None
+        self._memory.touch(key)
+        turn = next(self._turn)
+        place = Place(users=0, used=turn, since=turn, fixed=True)
+        self._held[key] = _Held(place, self._mover.start(ready), ready=ready if in_place else None)
+
+    def _settle(self) -> None:
+        """Take in the slots that have arrived."""
+        for key, held in self._held.items():
+            if held.arrival is not None and held.arrival.done:
+                number = self._bank.attach(held.arrival.slot())
+                held.place.fixed, held.place.open_since = False, self._clock()
+                held.place.promised_to = self._next_number
+                self._held[key] = _Held(held.place, None, number, held.ready)
+                self._counts.loads += 1
+        self.resident = frozenset(key for key, held in self._held.items() if held.number is not None)
+
+    def _evict(self, key: str) -> None:
+        """Take an adapter out of the bank; what is in host memory stays there as long as there is room."""
+        held = self._held.pop(key)
+        assert held.number is not None and held.place.users == 0
+        self._bank.remove(held.number)
+        self._counts.evictions += 1
+        if held.ready is not None:
+            self._memory.keep(key, held.ready)

@@ -24,7 +24,7 @@ from pathlib import Path
 import httpx
 import torch
 
-from tenon.adapters.bank import SiteShape, Slot, SlotShape
+from tenon.adapters.bank import SiteShape, Slot, SlotShape, lay_out
 from tenon.adapters.peft_files import AdapterFiles, fill_slot, write_adapter
 from tenon.bases.facts import MODULE_PATHS, ModelFacts, site_name
 from tenon.errors import AdapterError
@@ -240,4 +240,5 @@ def write_nothing(parent: Path, facts: ModelFacts) -> Path:
 
 def _slot(name: str, shape: SlotShape, facts: ModelFacts) -> Slot:
     """A slot of zeros on this machine's CPU."""
-    return Slot(name, shape, facts, trained=False, dtype=torch.float32, device=torch.device("cpu"))
+    layout = lay_out(shape, facts)
+    return Slot(name, layout, facts, parameters_P=torch.zeros(layout.elements))
