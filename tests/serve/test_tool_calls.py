@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -52,7 +53,7 @@ def test_calls_are_found_however_the_text_is_cut(
 ) -> None:
     form, text, said, calls = case
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    pieces = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [text[a:b] for a, b in pairwise(edges)]
     found_text, found_calls = read(form, pieces)
     assert found_calls == calls and found_text.strip() == said
     assert all(json.loads(arguments) is not None for _, arguments in found_calls)

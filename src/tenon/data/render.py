@@ -25,6 +25,9 @@ from tenon.values import canonical_json, hash_text
 
 Supervise = Literal["assistant", "last", "all"]
 
+# A function that no conversation has.
+_PROBE = "tenon_probe"
+
 NOTE_EOS = "the template ends the assistant's turn without a stop token: the end-of-sequence token was appended"
 NOTE_CUT = "the template has no stop token between turns: what comes after the last supervised turn was left out"
 NOTE_UNFORETOLD = "the generation prompt for a supervised turn holds text that the turn itself does not have"
@@ -115,6 +118,21 @@ class Renderer:
         """SHA-256 of the template texts and the special tokens they are given, 64 hex digits."""
         tokens = dict(self.tokenizer.named_tokens)
         return hash_text(canonical_json({"templates": self._sources, "tokens": tokens}))
+
+    @cached_property
+    def tool_template(self) -> str | None:
+        """The source of the template that conversations with tools are rendered with; None where it writes no tools."""
+        name = TOOL_TEMPLATE if TOOL_TEMPLATE in self._voices else DEFAULT_TEMPLATE
+        if name not in self._voices:
+            return None
+        empty = {"type": "object", "properties": {}, "required": []}
+        function = {"name": _PROBE, "description": "", "parameters": empty}
+        chat = self._conversation([{"role": "user", "content": "a"}], [{"type": "function", "function": function}])
+        try:
+            text = self._voices[name].template.render(chat, prompt=True)
+        except RENDER_ERRORS:
+            return None
+        return self._sources[name] if _PROBE in text else None
 
     def render(self, row: Row) -> Rendered:
         """Ids and mask of one row.

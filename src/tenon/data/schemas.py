@@ -33,6 +33,8 @@ _SEVERAL = ("anyOf", "oneOf", "allOf", "prefixItems")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 # Space between the parts of an answer: enough for any indentation, too little to go on for ever.
 _STYLE: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\t]{0,24}"}
+# Inside a larger grammar: as calls of functions are written in training.
+_CLOSE: Any = {"whitespace_flexible": True, "whitespace_pattern": "[ ]?"}
 
 
 def schema_grammar(schema: dict[str, Any]) -> str:
@@ -42,9 +44,13 @@ def schema_grammar(schema: dict[str, Any]) -> str:
 
 def schema_rule(schema: dict[str, Any]) -> str:
     """A schema as the right side of a rule of a larger grammar in Lark. Raises as `schema_grammar`."""
-    text = check_schema(schema)
-    styled = {**json.loads(text), "x-guidance": _STYLE} if schema else {"x-guidance": _STYLE}
-    return f"%json {json.dumps(styled, ensure_ascii=False)}"
+    return f"%json {json.dumps(inner_schema(schema), ensure_ascii=False)}"
+
+
+def inner_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema as it stands in a larger grammar: with little space between its parts. Raises as `schema_grammar`."""
+    check_schema(schema)
+    return {**schema, "x-guidance": _CLOSE}
 
 
 def check_schema(schema: dict[str, Any]) -> str:

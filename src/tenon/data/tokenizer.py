@@ -135,9 +135,9 @@ class ChatTokenizer:
         """Text of ids; special tokens are left out unless they are asked for."""
         return self.backend.decode(list(ids), skip_special_tokens=not keep_special)
 
-    def stream(self, *, keep_special: bool = False) -> StreamDecoder:
-        """A decoder for ids that arrive one by one."""
-        return StreamDecoder(self, keep_special=keep_special)
+    def stream(self, *, keep_special: bool = False, shown: frozenset[int] = frozenset()) -> StreamDecoder:
+        """A decoder for ids that arrive one by one. shown: special tokens that are kept although others are not."""
+        return StreamDecoder(self, keep_special=keep_special, shown=shown)
 
 
 class StreamDecoder:
@@ -147,14 +147,20 @@ class StreamDecoder:
     unfinished character, so a character of several tokens appears when its last token has come.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, *, keep_special: bool = False) -> None:
+    def __init__(
+        self, tokenizer: ChatTokenizer, *, keep_special: bool = False, shown: frozenset[int] = frozenset()
+    ) -> None:
         self._tokenizer = tokenizer
-        self._keep_special = keep_special
+        # Those that are not shown never come to the decoder where some are.
+        self._keep_special = keep_special or bool(shown)
+        self._hidden = tokenizer.special_ids - shown if shown and not keep_special else frozenset()
         self._context: list[int] = []
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
         """What can be shown now that this id has come; often empty for one part of a character."""
+        if token_id in self._hidden:
+            return ""
         self._pending.append(token_id)
         text = self._fresh_text()
         if not text or text.endswith(UNFINISHED):

@@ -13,22 +13,24 @@ from starlette.responses import Response
 
 from tenon.data.render import Renderer
 from tenon.data.schemas import schema_grammar
-from tenon.serve.desk import Desk, Scores, Whole, ask, begun, collect, new_id, now
+from tenon.serve.desk import Desk, Form, Scores, Whole, ask, begun, collect, new_id, now
 from tenon.serve.gate import Answers
 from tenon.serve.protocol import ChatRequest
 from tenon.serve.replies import (
-    AnswerMessage,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
     ChatDelta,
+    ChatFinish,
     ChatLogprobs,
     chat_logprobs,
     usage_of,
 )
-from tenon.serve.said import Finish, Piece
+from tenon.serve.said import Piece
+from tenon.serve.speech import Speech
 from tenon.serve.streams import STREAMED, EventStream, unless_gone
+from tenon.serve.tools import ToolUse, tool_use
 
 
 def chat_routes(desk: Desk) -> APIRouter:
@@ -41,13 +43,12 @@ def chat_routes(desk: Desk) -> APIRouter:
         caller = await desk.caller(request.headers.get("authorization"))
         target = await desk.find(body.model, caller, user=body.user or body.safety_identifier)
         messages = [message.plain() for message in body.messages]
+        use = await asyncio.to_thread(tool_use, body, target.renderer)
 
         def render(renderer: Renderer) -> list[list[int]]:
-            return [renderer.prompt(messages, source="messages")]
+            return [renderer.prompt(messages, use.told, source="messages")]
 
         prompts = await asyncio.to_thread(render, target.renderer)
-        grammar = await _grammar(desk, body)
-        scores = Scores(body.top_logprobs or 0 if body.logprobs else None)
         answers = await ask(
             desk,
             caller,
@@ -55,11 +56,11 @@ def chat_routes(desk: Desk) -> APIRouter:
             prompts,
             body,
             most_tokens=body.most_tokens,
-            scores=scores,
+            scores=Scores(body.top_logprobs or 0 if body.logprobs else None),
             render=render,
-            grammar=grammar,
+            form=Form(await _grammar(desk, body, use), use.stops, use.shown),
         )
-        reply = _Reply(new_id("chatcmpl"), now(), answers, body, desk.fingerprint)
+        reply = _Reply(new_id("chatcmpl"), now(), answers, body, use, desk.fingerprint)
         if body.stream:
             pieces = await unless_gone(request, answers, begun(answers))
             return EventStream(answers, reply.chunks(pieces))
@@ -69,8 +70,10 @@ def chat_routes(desk: Desk) -> APIRouter:
     return router
 
 
-async def _grammar(desk: Desk, body: ChatRequest) -> str | None:
+async def _grammar(desk: Desk, body: ChatRequest, use: ToolUse) -> str | None:
     """What the answer is held to. Raises ApiError 400."""
+    if use.grammar is not None:
+        return await desk.forms.grammar(use.grammar, "tools")
     schema = body.schema_asked
     return None if schema is None else await desk.forms.grammar(partial(schema_grammar, schema), "response_format")
 
@@ -83,6 +86,7 @@ class _Reply:
     created: int
     answers: Answers
     body: ChatRequest
+    use: ToolUse
     fingerprint: str
 
     def whole(self, answers: list[Whole]) -> ChatCompletion:
@@ -91,31 +95,38 @@ class _Reply:
             id=self.id,
             created=self.created,
             model=self.answers.target.label,
-            choices=[
-                ChatChoice(
-                    index=index,
-                    message=AnswerMessage(content=answer.text),
-                    logprobs=chat_logprobs(answer.tokens) if self.body.logprobs else None,
-                    finish_reason=answer.finish,
-                )
-                for index, answer in enumerate(answers)
-            ],
+            choices=[self._choice(index, answer) for index, answer in enumerate(answers)],
             usage=usage_of(self.answers.prompt_tokens, self.answers.completion_tokens),
             system_fingerprint=self.fingerprint,
         )
 
+    def _choice(self, index: int, answer: Whole) -> ChatChoice:
+        speech = Speech(self.use.scanner())
+        speech.push(answer.text)
+        speech.finish()
+        return ChatChoice(
+            index=index,
+            message=speech.message,
+            logprobs=chat_logprobs(answer.tokens) if self.body.logprobs else None,
+            finish_reason=speech.reason(answer.finish),
+        )
+
     async def chunks(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[ChatChunk]:
-        """The role of each choice, its text as it comes, why it ended; then the usage where it is wanted."""
-        opened: set[int] = set()
+        """The role of each choice, what it says and calls as it comes, why it ended; then the usage if it is wanted."""
+        speeches: dict[int, Speech] = {}
         async for piece in pieces:
-            if piece.index not in opened:
-                opened.add(piece.index)
+            if piece.index not in speeches:
+                speeches[piece.index] = Speech(self.use.scanner())
                 yield self._chunk(_choice(piece.index, ChatDelta(role="assistant", content="")))
-            if piece.text or piece.tokens:
-                logprobs = chat_logprobs(list(piece.tokens)) if self.body.logprobs else None
-                yield self._chunk(_choice(piece.index, ChatDelta(content=piece.text), logprobs=logprobs))
+            speech = speeches[piece.index]
+            deltas = speech.push(piece.text) + (speech.finish() if piece.finish is not None else [])
+            logprobs = chat_logprobs(list(piece.tokens)) if self.body.logprobs and piece.tokens else None
+            if logprobs is not None and not deltas:
+                deltas = [ChatDelta(content="")]
+            for number, delta in enumerate(deltas):
+                yield self._chunk(_choice(piece.index, delta, logprobs=logprobs if number == 0 else None))
             if piece.finish is not None:
-                yield self._chunk(_choice(piece.index, ChatDelta(), finish=piece.finish))
+                yield self._chunk(_choice(piece.index, ChatDelta(), finish=speech.reason(piece.finish)))
         if self.body.include_usage:
             usage = usage_of(self.answers.prompt_tokens, self.answers.completion_tokens)
             yield self._chunk().model_copy(update={"usage": usage})
@@ -134,7 +145,7 @@ class _Reply:
 
 
 def _choice(
-    index: int, delta: ChatDelta, *, logprobs: ChatLogprobs | None = None, finish: Finish | None = None
+    index: int, delta: ChatDelta, *, logprobs: ChatLogprobs | None = None, finish: ChatFinish | None = None
 ) -> ChatChunkChoice:
     """A piece with every field that chunks have, null or not."""
     return ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish)

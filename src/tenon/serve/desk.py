@@ -106,6 +106,20 @@ class Desk:
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """What an answer is held to. grammar: `Forms` has compiled it. stops: texts that end it besides those that were
+    asked for. shown: special tokens that are told as text.
+    """
+
+    grammar: str | None = None
+    stops: tuple[str, ...] = ()
+    shown: frozenset[int] = frozenset()
+
+
+ANY_FORM = Form()
+
+
+@dataclass(frozen=True, slots=True)
 class Scores:
     """What else is told of tokens: how many of the likeliest, and whether the prompt's too. None: nothing."""
 
@@ -132,12 +146,11 @@ async def ask(
     most_tokens: int | None,
     scores: Scores,
     render: Render | None = None,
-    grammar: str | None = None,
+    form: Form = ANY_FORM,
 ) -> Answers:
     """Have the answers of one request made, `n` to each prompt.
 
-    most_tokens: None is to the end of the context. render: see `Wanted`. grammar: what they are held to; `Forms` has
-    compiled it.
+    most_tokens: None is to the end of the context. render: see `Wanted`. form: what they are held to.
 
     Raises ApiError 400, 429, 503; UsageError usage-empty-prompt.
     """
@@ -159,7 +172,7 @@ async def ask(
             repetition_penalty=1.0 if asked.repetition_penalty is None else asked.repetition_penalty,
             logit_bias=asked.biases,
             seed=seed + sample,
-            grammar=grammar,
+            grammar=form.grammar,
             top_logprobs=scores.top or 0,
             prompt_logprobs=scores.prompt,
             # How fast a prompt is read would tell one tenant what another one asked.
@@ -167,7 +180,8 @@ async def ask(
         )
         for prompt, sample in itertools.product(prompts, range(count))
     ]
-    wanted = Wanted(asked.stops, detailed=scores.top is not None, render=render)
+    stops = (*asked.stops, *form.stops)
+    wanted = Wanted(stops, detailed=scores.top is not None, render=render, shown=form.shown)
     return await desk.admit(caller, target, requests, wanted)
 
 

@@ -34,13 +34,14 @@ class Wanted:
     """How the sequences of one request are told. detailed: with their tokens.
 
     at_once: most of them that are made at a time; the others follow one by one. None: all. render: the prompts as
-    another adapter is asked them; None where they read alike for all.
+    another adapter is asked them; None where they read alike for all. shown: special tokens that are told as text.
     """
 
     stops: tuple[str, ...] = ()
     detailed: bool = False
     at_once: int | None = None
     render: Render | None = None
+    shown: frozenset[int] = frozenset()
 
 
 class Gate:
@@ -109,7 +110,10 @@ class Answers:
         self._unsent = deque(Job(request, target.adapter, box) for request, box in zip(requests, boxes, strict=True))
         self._at_once = wanted.at_once or len(requests)
         self._jobs: dict[int, Job] = {}
-        self._sayings = [Saying(i, gate.texts, wanted.stops, detailed=wanted.detailed) for i in range(len(requests))]
+        self._sayings = [
+            Saying(i, gate.texts, wanted.stops, detailed=wanted.detailed, shown=wanted.shown)
+            for i in range(len(requests))
+        ]
         self.requests, self.render = tuple(requests), wanted.render
         self.error: TenonError | None = None
         self.prompt_tokens = sum(len(request.prompt_ids) for request in requests)

@@ -1,21 +1,24 @@
 """The bodies of OpenAI's API that this server reads, field by field.
 
-Fields that OpenAI knows and that change nothing here are taken and have no effect; those that would change the answer
-and do not exist yet are refused unless they say what happens anyway; unknown ones are refused. This module does not
-know how requests are answered.
+Fields that OpenAI knows and that change nothing here are taken and have no effect; unknown ones are refused. This
+module does not know how requests are answered.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+
+from tenon.data.messages import BadRowError, canonical_messages
 
 MOST_STOPS = 16
 MOST_SEQUENCES = 128
 MOST_TOP_LOGPROBS = 20
 MOST_FIELDS = 1024
+MOST_TOOLS = 128
 _SEEDS = 2**63
 # What response_format: json_object stands for.
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
@@ -89,6 +92,19 @@ class ChatMessage(ApiModel):
     tool_calls: Each[dict[str, Any]] | None = None
     tool_call_id: Text | None = None
     refusal: Text | None = None
+
+    @field_validator("tool_calls")
+    @classmethod
+    def _as_templates_read_calls(cls, calls: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        """Arguments as objects, as in the rows of a data set."""
+        if not calls:
+            return None
+        try:
+            _whole(json.dumps(calls, ensure_ascii=False))
+            ((message,), _) = canonical_messages([{"role": "assistant", "tool_calls": calls}], sharegpt=False)
+        except BadRowError as error:
+            raise PydanticCustomError("tool_calls", "{reason}", {"reason": error.reason}) from error
+        return message["tool_calls"]
 
     def plain(self) -> dict[str, Any]:
         """As chat templates read it: text in one piece, nothing that is null."""
@@ -173,6 +189,44 @@ class JsonSchemaFormat(ApiModel):
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
+class FunctionDefinition(ApiModel):
+    """A function that the model may call. parameters: the JSON schema of its arguments. strict: they are held to it."""
+
+    name: FunctionName
+    description: Text | None = None
+    parameters: ByName[Any] | None = None
+    strict: bool | None = None
+
+
+class FunctionTool(ApiModel):
+    """A tool: a function."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+    def told(self) -> dict[str, Any]:
+        """As chat templates read it."""
+        return self.model_dump(exclude_none=True, exclude={"function": {"strict"}})
+
+    @model_validator(mode="after")
+    def _refuse_halves_of_characters(self) -> FunctionTool:
+        _whole(json.dumps(self.function.parameters, ensure_ascii=False))
+        return self
+
+
+class FunctionByName(ApiModel):
+    """A function of the request's."""
+
+    name: FunctionName
+
+
+class NamedTool(ApiModel):
+    """The function that is to be called."""
+
+    type: Literal["function"]
+    function: FunctionByName
+
+
 class ChatRequest(_Asked):
     """POST /v1/chat/completions."""
 
@@ -188,9 +242,8 @@ class ChatRequest(_Asked):
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None
     response_format: ResponseFormat | None = None
-    # Refused unless they say what happens anyway.
-    tools: Each[dict[str, Any]] | None = None
-    tool_choice: Any = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
     @property
@@ -206,13 +259,11 @@ class ChatRequest(_Asked):
         return ANY_OBJECT if isinstance(self.response_format, JsonObjectFormat) else None
 
     @model_validator(mode="after")
-    def _refuse_tools_and_formats(self) -> ChatRequest:
-        if self.schema_asked is not None and self.ignore_eos:
-            raise PydanticCustomError("ignore_eos", "ignore_eos has no meaning where response_format ends the answer")
-        if self.tools:
-            raise not_yet("tools")
-        if self.tool_choice not in (None, "none", "auto"):
-            raise not_yet("tool_choice")
+    def _refuse_what_contradicts(self) -> ChatRequest:
+        if self.ignore_eos and (self.schema_asked is not None or self.tools):
+            raise PydanticCustomError("ignore_eos", "ignore_eos does not go with response_format or tools")
+        if not self.tools and self.tool_choice not in (None, "none", "auto"):
+            raise PydanticCustomError("tool_choice", "tool_choice needs tools")
         if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs: true")
         return self
@@ -233,11 +284,6 @@ class CompletionRequest(_Asked):
         if self.stream and self.echo and self.logprobs is not None:
             raise PydanticCustomError("stream", "echo with logprobs comes in one piece: leave stream out")
         return self
-
-
-def not_yet(name: str) -> PydanticCustomError:
-    """The error for a field that OpenAI has and this server has not."""
-    return PydanticCustomError("unsupported_parameter", "{param} is not supported yet; leave it out", {"param": name})
 
 
 class ErrorDetail(BaseModel):

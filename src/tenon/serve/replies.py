@@ -16,6 +16,9 @@ from tenon.serve.said import SaidToken
 _LOWEST_LOGPROB = -9999.0
 
 
+ChatFinish = Literal["stop", "length", "tool_calls"]
+
+
 class Usage(BaseModel):
     """Tokens of the prompts, and of all answers."""
 
@@ -54,11 +57,27 @@ class TextLogprobs(BaseModel):
     text_offset: list[int]
 
 
+class CalledFunction(BaseModel):
+    """arguments: JSON as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A function that is to be called."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class AnswerMessage(BaseModel):
-    """What the assistant said."""
+    """What the assistant said. content: null where it only calls functions."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    tool_calls: list[ToolCall] | None = None
     refusal: None = None
 
 
@@ -68,7 +87,7 @@ class ChatChoice(BaseModel):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: ChatFinish
 
 
 class ChatCompletion(BaseModel):
@@ -104,11 +123,28 @@ class TextCompletion(BaseModel):
     system_fingerprint: str
 
 
+class FunctionDelta(BaseModel):
+    """A call's name, or more of its arguments."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallDelta(BaseModel):
+    """What is new of one call; its first has everything but the arguments."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class ChatDelta(BaseModel):
     """What is new in a chunk."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(BaseModel):
@@ -117,7 +153,7 @@ class ChatChunkChoice(BaseModel):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: ChatFinish | None = None
 
 
 class ChatChunk(BaseModel):

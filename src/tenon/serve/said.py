@@ -63,10 +63,18 @@ class TokenTexts:
 class Saying:
     """The text of one sequence as its tokens come."""
 
-    def __init__(self, index: int, texts: TokenTexts, stops: Sequence[str], *, detailed: bool) -> None:
-        """detailed: pieces carry their tokens."""
+    def __init__(
+        self,
+        index: int,
+        texts: TokenTexts,
+        stops: Sequence[str],
+        *,
+        detailed: bool,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
+        """detailed: pieces carry their tokens. shown: special tokens that are told as text."""
         self._index, self._texts, self._detailed = index, texts, detailed
-        self._stream = texts.tokenizer.stream()
+        self._stream = texts.tokenizer.stream(shown=shown)
         self._scanner = StopScanner(stops)
         self._heard, self._said = 0, 0
         self._held: list[SaidToken] = []

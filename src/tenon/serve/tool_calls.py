@@ -65,9 +65,7 @@ class CallScanner:
         found: list[Part] = []
         if self._mode == "head":
             self._whole(self._held, found)
-        elif self._mode == "text" and self._held:
-            found.append(self._held)
-        elif self._mode == "tail" and self._held.strip(" \n\t}]"):
+        elif (self._mode == "text" and self._held) or (self._mode == "tail" and self._held.strip(" \n\t}]")):
             found.append(self._held)
         self._held = ""
         return found

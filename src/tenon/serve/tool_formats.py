@@ -2,7 +2,7 @@
 
 | format | a call |
 |---|---|
-| hermes | `<tool_call>{"name": …, "arguments": {…}}</tool_call>`: Hermes, Qwen 2.5 and 3, SmolLM2 (a list of them), SmolLM3 |
+| hermes | `<tool_call>{"name": …, "arguments": {…}}</tool_call>`: Hermes, Qwen 2.5 and 3, SmolLM2 (a list), SmolLM3 |
 | mistral | `[TOOL_CALLS] [{"name": …, "arguments": {…}}]` |
 | mistral-args | `[TOOL_CALLS]name[ARGS]{…}` |
 | llama | `{"name": …, "parameters": {…}}`, which begins the answer: Llama 3.1 and later |
@@ -19,7 +19,7 @@ from typing import Any
 
 from llguidance import StructTag
 
-from tenon.data.schemas import check_schema, schema_rule
+from tenon.data.schemas import inner_schema, schema_rule
 from tenon.data.tokenizer import ChatTokenizer
 
 ANY_ARGUMENTS: dict[str, Any] = {"type": "object"}
@@ -116,7 +116,7 @@ class CallGrammar:
             StructTag(
                 trigger=form.opens,
                 begin=f"{form.opens}\n{self._head(function.name)}",
-                grammar=json.loads(check_schema(function.schema)),
+                grammar=inner_schema(function.schema),
                 end=f"}}\n{form.closes}",
             )
             for function in functions
