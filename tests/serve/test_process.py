@@ -9,9 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
@@ -70,6 +72,70 @@ def test_a_signal_lets_what_runs_finish_and_the_exit_status_is_0(house: House, n
         assert process.wait(timeout=20) == 0
         assert not reachable(port)
     assert list((house.world.root / "home" / "logs").glob("serve-*")) == []
+
+
+@pytest.mark.slow
+def test_sigterm_under_load_finishes_what_runs_and_takes_nothing_new(house: House, tmp_path: Path) -> None:
+    log = tmp_path / "requests.jsonl"
+    with command(house, "base", "--drain", "120", "--log", str(log)) as (process, ready):
+        port = int(ready["url"].rpartition(":")[2])
+        headers = {"Content-Type": "application/json"}
+        streams, told, over = [], [], threading.Event()
+        for model in ("base", "low", "high", "low"):
+            connection = HTTPConnection("127.0.0.1", port, timeout=60)
+            connection.request("POST", "/v1/completions", json.dumps({"model": model, "stream": True, **LONG}), headers)
+            streams.append((connection, connection.getresponse()))
+            assert streams[-1][1].readline().startswith(b"data: ")
+
+        def hammer() -> None:
+            while not over.wait(0.05):
+                connection = HTTPConnection("127.0.0.1", port, timeout=60)
+                try:
+                    connection.request("POST", "/v1/completions", json.dumps({"model": "low", "prompt": "x"}), headers)
+                    told.append(connection.getresponse().status)
+                except OSError:
+                    told.append(0)  # nobody listens any more
+                finally:
+                    connection.close()
+
+        hammering = [threading.Thread(target=hammer) for _ in range(4)]
+        for thread in hammering:
+            thread.start()
+        process.send_signal(signal.SIGTERM)
+        for connection, stream in streams:
+            assert read_stream(stream)[-1]["choices"][0]["finish_reason"] == "length"
+            connection.close()
+        assert process.wait(timeout=120) == 0
+        over.set()
+        for thread in hammering:
+            thread.join()
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert log.stat().st_mode & 0o077 == 0
+    assert set(told) <= {200, 503, 0} and 503 in told
+    # Every answer that somebody got is in the log, and nothing else.
+    finished = [line for line in lines if line["status"] == 200]
+    assert len(finished) == told.count(200) + 4 and len([line for line in lines if line.get("stream") is True]) == 4
+    assert sum(line["status"] == 503 for line in lines) == told.count(503)
+    assert "the lake" not in json.dumps(lines)
+
+
+def test_a_server_is_managed_on_a_port_of_its_own(house: House) -> None:
+    made = house.world.tenon("keys", "create", "ops", "--manage", "--json")
+    typed = json.loads(made.stdout)["key"]
+    try:
+        with command(house, "base", "--manage", "0") as (process, ready):
+            port = int(ready["manage"].rpartition(":")[2])
+            assert ready["manage"].startswith("http://127.0.0.1:") and ready["manage"] != ready["url"]
+            connection = HTTPConnection("127.0.0.1", port, timeout=60)
+            connection.request("POST", "/v1/adapters/high@1/load", headers={"Authorization": f"Bearer {typed}"})
+            answer = connection.getresponse()
+            assert answer.status == 200 and json.loads(answer.read())["state"] == "resident"
+            connection.request("POST", "/v1/server/drain", headers={"Authorization": f"Bearer {typed}"})
+            assert connection.getresponse().status == 202
+            assert process.wait(timeout=60) == 0
+            connection.close()
+    finally:
+        house.world.tenon("keys", "revoke", json.loads(made.stdout)["id"])
 
 
 def test_a_server_whose_command_is_killed_ends_too(house: House) -> None:

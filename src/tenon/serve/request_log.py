@@ -13,11 +13,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from tenon.serve.records import Record
 
 _MOST_WAITING = 10_000
+_LAST_LINES_SECONDS = 5.0
 
 
 class RequestLog:
@@ -41,9 +43,10 @@ class RequestLog:
             self._dropped += 1
 
     def close(self) -> None:
-        """Write what waits."""
-        self._waiting.put(None)
-        self._thread.join()
+        """Write what waits, as far as whoever takes it does so soon: a pipe that nobody reads keeps no server alive."""
+        with suppress(queue.Full):
+            self._waiting.put(None, timeout=_LAST_LINES_SECONDS)
+        self._thread.join(_LAST_LINES_SECONDS)
 
     def _run(self) -> None:
         while (record := self._waiting.get()) is not None:
