@@ -82,6 +82,23 @@ def vectors(client: OpenAI) -> None:
     assert packed.usage.total_tokens == plain.usage.total_tokens > 0
 
 
+def schemas(client: OpenAI) -> None:
+    """An answer that a JSON schema holds, whole and as a stream."""
+    schema = {
+        "type": "object",
+        "properties": {"warm": {"type": "boolean"}},
+        "required": ["warm"],
+        "additionalProperties": False,
+    }
+    form: Any = {"type": "json_schema", "json_schema": {"name": "home", "schema": schema}}
+    fields: Any = {"model": "low", "max_tokens": 100, "temperature": 0, "messages": HELLO, "response_format": form}
+    said = client.chat.completions.create(**fields).choices[0]
+    assert said.finish_reason == "stop" and said.message.content
+    assert isinstance(json.loads(said.message.content)["warm"], bool)
+    stream = client.chat.completions.create(stream=True, **fields)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == said.message.content
+
+
 def models(client: OpenAI) -> None:
     """The list and one of it."""
     listed = {model.id: model for model in client.models.list()}
@@ -158,6 +175,7 @@ def main() -> None:
         "chats": lambda: chats(client),
         "texts": lambda: texts(client),
         "vectors": lambda: vectors(client),
+        "schemas": lambda: schemas(client),
         "models": lambda: models(client),
         "errors": lambda: errors(client, client.with_options(api_key=narrow), client.with_options(api_key=poor)),
         "closed": lambda: streams_that_are_closed(client),
