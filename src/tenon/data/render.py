@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from tenon.data.habits import Habits, learn_habits
+from tenon.data.literals import Literals
 from tenon.data.rows import Chat, Completion, Message, Row, Text
 from tenon.data.spans import Found, Span, TurnFinder
 from tenon.data.template import RENDER_ERRORS, ChatTemplate, Conversation, normal_messages
@@ -171,11 +172,15 @@ class Renderer:
         tools: Sequence[dict[str, Any]] | None = None,
         *,
         source: str = "the request",
+        literal: bool = False,
     ) -> list[int]:
         """Ids that the model continues with the assistant's next turn: what stands before that turn in training.
 
-        Raises DataError data-template-missing or data-template-failed, naming `source`.
+        literal: what messages and tools say stays text where it spells a control token, as the words of strangers must.
+        Raises DataError data-template-missing, data-template-failed or data-control-text, naming `source`.
         """
+        if literal and self._literals.spelt_in(messages, tools):
+            return self._literal_prompt(messages, tools, source)
         voice = self._voice_for(tools, source)
         text = self._plain(voice, self._conversation(messages, tools), source, prompt=True)
         return self.tokenizer.encode_opening(text + voice.habits.missing_header)
@@ -190,6 +195,22 @@ class Renderer:
         """Ids of a conversation as it stands, with no turn opened after it. Raises as `prompt`."""
         voice = self._voice_for(tools, source)
         return self.tokenizer.encode(self._plain(voice, self._conversation(messages, tools), source))
+
+    def _literal_prompt(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, source: str
+    ) -> list[int]:
+        """The prompt of messages that spell control tokens."""
+        literals = self._literals
+        literals.require_none_private(messages, tools)
+        hidden = None if tools is None else [literals.hide(tool) for tool in tools]
+        voice = self._voice_for(tools, source)
+        chat = self._conversation([literals.hide(message) for message in messages], hidden)
+        text = self._plain(voice, chat, source, prompt=True)
+        return literals.encode_opening(text + voice.habits.missing_header, source)
+
+    @cached_property
+    def _literals(self) -> Literals:
+        return Literals(self.tokenizer)
 
     def prompt_of(self, row: Row) -> list[int]:
         """The prompt of a row: a chat up to its last assistant turn, the prompt of a completion, nothing of a text."""

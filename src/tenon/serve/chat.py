@@ -46,7 +46,7 @@ def chat_routes(desk: Desk) -> APIRouter:
         use = await asyncio.to_thread(tool_use, body, target.renderer)
 
         def render(renderer: Renderer) -> list[list[int]]:
-            return [renderer.prompt(messages, use.told, source="messages")]
+            return [renderer.prompt(messages, use.told, source="messages", literal=True)]
 
         prompts = await asyncio.to_thread(render, target.renderer)
         answers = await ask(
