@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -76,9 +77,9 @@ def ask(pool: EnginePool) -> list[Box]:
 
 
 @pytest.mark.slow
-def test_a_killed_engine_s_answers_go_on_as_if_nothing_had_happened(settings: Settings) -> None:
+def test_a_killed_engine_s_answers_go_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     """The dequantised base is the machine's; all else is the test's own."""
-    settings = replace(settings, cache=read_settings().cache)
+    settings = replace(read_settings(), home=tmp_path / "home", offline=True, threads=1)
     with running(settings) as (pool, pids):
         calm = ask(pool)
         wait_until(lambda: all(box.end is not None for box in calm), seconds=300)
