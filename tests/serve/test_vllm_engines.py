@@ -149,6 +149,13 @@ def test_where_vllm_mixes_the_base_up_it_is_asked_through_an_adapter_of_zeros(ho
         assert completion(running.ask([50])[1].end()).ids[0] == 51
 
 
+def test_what_would_end_this_vllm_is_not_asked_of_it(house: House, tmp_path: Path) -> None:
+    with foreign(house, tmp_path, without=("prompt_logprobs",)) as running:
+        end = running.ask([50, 60], prompt_logprobs=True)[1].end()
+        assert isinstance(end, Failed) and end.error.code == "usage-engine" and "prompt_logprobs" in end.error.got
+        assert completion(running.ask([50])[1].end()).ids[0] == 51
+
+
 def test_the_longest_idle_one_makes_room(house: House, tmp_path: Path) -> None:
     with foreign(house, tmp_path, slots=1) as running:
         for name in ("low", "high", "high", "low"):

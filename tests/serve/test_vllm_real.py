@@ -98,17 +98,6 @@ def test_penalties_and_biases_mean_the_same(real: Real) -> None:
     assert found.choices[0].logprobs.token_logprobs == pytest.approx(logprobs, abs=1e-3)
 
 
-def test_a_prompt_is_scored_as_our_own_engine_scores_it(real: Real) -> None:
-    found = real.client.completions.create(
-        model=real.names[1], prompt=PROMPT, max_tokens=1, echo=True, logprobs=2, temperature=0
-    )
-    scores = found.choices[0].logprobs
-    assert scores is not None and scores.token_logprobs is not None and scores.top_logprobs is not None
-    first, *rest = scores.token_logprobs
-    assert first is None and len(rest) > 10 and all(value is not None for value in rest)
-    assert all(len(top) >= 2 for top in scores.top_logprobs[1:])
-
-
 def test_a_stream_has_the_same_text_and_a_chat_the_template(real: Real) -> None:
     chunks = list(
         real.client.completions.create(model=real.names[0], prompt=PROMPT, temperature=0, max_tokens=24, stream=True)
@@ -153,6 +142,8 @@ def test_the_third_adapter_takes_the_place_of_the_one_idle_for_longest(real: Rea
 def test_what_vllm_does_not_take_is_the_requests_fault(real: Real) -> None:
     with pytest.raises(BadRequestError, match="vLLM does not take this request"):
         real.client.embeddings.create(model="base", input="hello")
+    with pytest.raises(BadRequestError, match="prompt_logprobs"):
+        real.client.completions.create(model="base", prompt=PROMPT, max_tokens=1, echo=True, logprobs=2)
 
 
 def metrics(real: Real) -> str:

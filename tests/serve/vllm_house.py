@@ -107,7 +107,13 @@ def deliver(letters: list[tuple[Mailbox, Event]], /) -> None:
 
 @contextmanager
 def foreign(
-    house: House, folder: Path, *, patience_seconds: float = 0.3, base_by_adapter: bool = False, **changes: Any
+    house: House,
+    folder: Path,
+    *,
+    patience_seconds: float = 0.3,
+    base_by_adapter: bool = False,
+    without: tuple[str, ...] = (),
+    **changes: Any,
 ) -> Iterator[Foreign]:
     """Engines over a stand-in. changes: see `make_launch`."""
     launch = make_launch(house, folder, **changes)
@@ -129,7 +135,9 @@ def foreign(
     )
     limits = Limits(launch.rows, CONTEXT, launch.cache_bytes, 64, launch.slots)
     process = start(lambda: None)
-    engines = VllmEngines(start, process, limits=limits, adapters=adapters, deliver=deliver, tell=told.append)
+    engines = VllmEngines(
+        start, process, limits=limits, adapters=adapters, deliver=deliver, tell=told.append, without=without
+    )
     owner = threading.Thread(target=engines.run)
     owner.start()
     try:

@@ -41,6 +41,8 @@ _LEAST_RANK = 64
 # With adapters vLLM compiles nothing of the model on a CPU, only odds and ends, at its first answer and with a C++
 # compiler: longer than it allows a pass to take.
 _ON_CPU = {"TORCH_COMPILE_DISABLE": "1"}
+# Scores of a prompt end a vLLM on a CPU that has adapters, as soon as another sequence shares the pass (0.32).
+_NOT_ON_CPU = ("prompt_logprobs",)
 # On a CPU vLLM copies an adapter's matrices once for every token of a pass.
 _PASS_TOKENS = {"cpu": 64, "cuda": 8192}
 # vLLM's largest block of keys and values: a sequence may need one that it hardly uses.
@@ -100,7 +102,15 @@ def foreign_engines(
         emit("warning", code="run-engine-died", text=text)
 
     def make_engines(deliver: Deliver, _grammars: Grammars) -> VllmEngines:
-        return VllmEngines(start, process, limits=limits, adapters=adapters, deliver=deliver, tell=tell)
+        return VllmEngines(
+            start,
+            process,
+            limits=limits,
+            adapters=adapters,
+            deliver=deliver,
+            tell=tell,
+            without=_NOT_ON_CPU if on_cpu else (),
+        )
 
     return renderer, make_engines
 

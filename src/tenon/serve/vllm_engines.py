@@ -14,7 +14,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -66,11 +66,14 @@ class VllmEngines:
         adapters: VllmAdapters,
         deliver: Deliver,
         tell: Callable[[str], object],
+        without: Collection[str] = (),
     ) -> None:
-        """start: used when the process dies. tell: what the operator should know, in one sentence."""
+        """start: used when the process dies. tell: what the operator should know, in one sentence. without: fields of
+        requests that this vLLM must not be asked for.
+        """
         self.limits, self.load = limits, Load()
         self._start, self._process, self._adapters = start, process, adapters
-        self._deliver, self._tell = deliver, tell
+        self._deliver, self._tell, self._without = deliver, tell, without
         self._secret = secrets.token_hex(16)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._early: list[tuple[Callable[[Job], None], Job]] = []
@@ -212,7 +215,7 @@ class VllmEngines:
             self._parked -= 1
 
     async def _stream(self, up: _Up, job: Job, reading: Reading, name: str) -> None:
-        body = completion_body(job.request, name, secret=self._secret)
+        body = completion_body(job.request, name, secret=self._secret, without=self._without)
         async with up.client.stream("POST", "/v1/completions", content=orjson.dumps(body)) as answer:
             if answer.status_code != 200:
                 raise refusal(answer.status_code, _as_tree(await answer.aread()))

@@ -6,7 +6,7 @@ This module sends nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -22,13 +22,15 @@ _OWN = ("slot", "adapter_key")
 _PASSED_ON = frozenset((*_SAMPLING, *_SAID, *_OWN))
 
 
-def completion_body(request: Request, model: str, *, secret: str) -> dict[str, Any]:
+def completion_body(request: Request, model: str, *, secret: str, without: Collection[str] = ()) -> dict[str, Any]:
     """The body of POST /v1/completions. model: a name that vLLM knows. secret: makes salts that nobody can guess.
+    without: fields that this vLLM must not be asked for.
 
     Raises UsageError usage-engine for what vLLM has no words for.
     """
     for each in fields(Request):
-        if each.name not in _PASSED_ON and getattr(request, each.name) != each.default:
+        known = each.name in _PASSED_ON and each.name not in without
+        if not known and getattr(request, each.name) != each.default:
             raise _refused(f"{each.name} is not among what vLLM is asked")
     body: dict[str, Any] = {
         "model": model,
