@@ -36,6 +36,8 @@ ANSWER_TOKENS = (64, 128)
 # About 64 to 200 tokens.
 WORDS = (40, 120)
 TENON, BASE_NAME = "Tenon", "base"
+# More than all sequences take at once, twice over.
+CACHE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,15 @@ def main() -> None:
         for dtype in () if a.without_vllm else ("float32", "bfloat16"):
             environment = {"VLLM_CPU_OMP_THREADS_BIND": "-".join(str(core) for core in (0, cores - 1))}
             vllm = stack.enter_context(
-                vllm_server(base, folders, threads=cores, dtype=dtype, rows=CLIENTS, environment=environment)
+                vllm_server(
+                    base,
+                    folders,
+                    threads=cores,
+                    dtype=dtype,
+                    rows=CLIENTS,
+                    cache_bytes=CACHE_BYTES,
+                    environment=environment,
+                )
             )
             systems.append(System(f"vLLM {dtype}", vllm.url, vllm.key))
             print(f"{systems[-1].name} is ready", flush=True)
@@ -94,7 +104,7 @@ def main() -> None:
 def tenon_server(settings: Settings, cores: int) -> Iterator[System]:
     """`tenon serve` as users start it, on a free port."""
     words = [str(Path(sys.executable).with_name("tenon")), "serve", BASE, "--port", "0", "--json"]
-    words += ["--slots", str(len(RANKS)), "--rows", str(CLIENTS)]
+    words += ["--slots", str(len(RANKS)), "--rows", str(CLIENTS), "--cache", str(CACHE_BYTES)]
     environment = child_environment(replace(settings, threads=cores))
     with subprocess.Popen(words, stdout=subprocess.PIPE, env=environment) as process:
         try:

@@ -118,6 +118,11 @@ def fused_attention(
     mask: True where a query sees a context; None: it sees all, or when causal those up to its own place.
     """
     grouped = q_GHQE.shape[1] != k_GKCE.shape[1]
+    if grouped and q_GHQE.shape[2] == 1 and not causal and not q_GHQE.is_cuda:
+        # The heads that share keys attend as if they were neighbouring queries: keys are read once for all of them.
+        q_GKHE = q_GHQE.reshape(q_GHQE.shape[0], k_GKCE.shape[1], -1, q_GHQE.shape[3])
+        out_GKHE = functional.scaled_dot_product_attention(q_GKHE, k_GKCE, v_GKCE, attn_mask=mask, scale=scale)
+        return out_GKHE.reshape(q_GHQE.shape)
     if grouped and mask is not None and q_GHQE.is_cuda:
         # No fused CUDA kernel takes a mask and grouped heads at once; repeated heads keep off the unfused one.
         heads = q_GHQE.shape[1] // k_GKCE.shape[1]
