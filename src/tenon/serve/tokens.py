@@ -7,6 +7,7 @@ This module does not know how prompts are answered.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -133,7 +134,7 @@ async def _renderer(desk: Desk, model: str | None, request: Request) -> Renderer
 def _ids(renderer: Renderer, body: TokenizeRequest) -> list[int]:
     if body.messages is not None:
         messages = [message.plain() for message in body.messages]
-        read = renderer.prompt if body.add_generation_prompt else renderer.whole
+        read = partial(renderer.prompt, literal=True) if body.add_generation_prompt else renderer.whole
         return read(messages, body.tools, source="messages")
     assert body.prompt is not None
     if body.add_special_tokens is False:
