@@ -7,8 +7,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from urllib.request import urlopen
 
-import httpx
 import psutil
 import ray  # pyright: ignore[reportMissingImports]
 from openai import OpenAI
@@ -41,7 +41,8 @@ def main(base: str) -> None:
     serve.run(build(arguments), name="tenon", route_prefix="/")
     client = OpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=5, timeout=120)
     (model, *_) = [model.id for model in client.models.list()]
-    assert httpx.get(f"{URL}/ready").status_code == 200
+    with urlopen(f"{URL}/ready") as answer:
+        assert answer.status == 200
 
     def ask() -> str:
         answer = client.completions.create(
