@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,10 @@ import pytest
 from openai import OpenAI
 from safetensors.numpy import load_file, save_file
 
-from tenon.registry.entry import Entry
-from tenon.runs.checkpoints import FileFacts, hash_file
+from tenon.errors import AdapterError
+from tenon.serve.adapter_files import AdapterReader
+from tenon.serve.jobs import AdapterRef
+from tests.serve.damages import DAMAGES, rehash
 from tests.serve.house import CONTEXT, House, Running, read_stream, serving, wait_until
 
 CHAT: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "the"}], "max_tokens": 2}
@@ -137,57 +138,11 @@ def test_large_bodies_are_refused_at_the_latest_when_they_become_too_large(runni
     connection.close()
 
 
-def damage(kind: str, house: House, entry: Entry) -> None:
-    """Do to a registered version what disks and people do."""
-    folder = house.registry.folder(entry)
-    weights = folder / "adapter_model.safetensors"
-    if kind == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif kind == "flipped":
-        data = bytearray(weights.read_bytes())
-        data[-1] ^= 0x40
-        weights.write_bytes(bytes(data))
-    elif kind == "vanished":
-        weights.unlink()
-    elif kind == "link":
-        shutil.copy(weights, house.world.root / f"elsewhere-{entry.name}")
-        weights.unlink()
-        weights.symlink_to(house.world.root / f"elsewhere-{entry.name}")
-    elif kind == "entry":
-        (folder / "tenon.json").write_text("{}")
-    elif kind == "pickle":
-        (folder / "adapter_model.bin").write_bytes(b"\x80\x04.")
-    elif kind == "nan":
-        tensors = load_file(weights)
-        tensors[min(tensors)][0, 0] = np.nan
-        save_file(tensors, weights)
-        rehash(folder)
-    elif kind == "shape":  # whole and well formed, but of another base than it says
-        tensors = {
-            name: np.ascontiguousarray(t[:, :-8] if "lora_A" in name else t) for name, t in load_file(weights).items()
-        }
-        save_file(tensors, weights)
-        rehash(folder)
-
-
-def rehash(folder: Path) -> None:
-    """Let the entry say what the files now hold."""
-    entry = Entry.from_json((folder / "tenon.json").read_bytes())
-    files = {
-        name: FileFacts(sha256=hash_file(folder / name), size_bytes=(folder / name).stat().st_size)
-        for name in entry.files
-    }
-    (folder / "tenon.json").write_text(entry.model_copy(update={"files": files}).to_json())
-
-
-KINDS = ("truncated", "flipped", "vanished", "link", "entry", "pickle", "nan", "shape")
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DAMAGES)
 def test_a_bad_adapter_is_refused_and_other_streams_go_on(
     house: House, running: Running, client: OpenAI, kind: str
 ) -> None:
-    damage(kind, house, house.register(f"bad-{kind}", rank=2, seed=100 + KINDS.index(kind)))
+    DAMAGES[kind](house.registry.folder(house.register(f"bad-{kind}", rank=2, seed=100 + list(DAMAGES).index(kind))))
     whole = client.completions.create(model="low", temperature=0, prompt="the lake", max_tokens=200).choices[0].text
     connection, stream = running.start_stream(model="low", temperature=0, max_tokens=200, ignore_eos=False)
     with pytest.raises(openai.UnprocessableEntityError) as caught:
@@ -197,6 +152,37 @@ def test_a_bad_adapter_is_refused_and_other_streams_go_on(
     said = "".join(choice["text"] for chunk in read_stream(stream) for choice in chunk["choices"])
     assert whole.endswith(said) and len(said) >= len(whole) - 10
     connection.close()
+
+
+def test_a_version_whose_folder_is_a_link_is_not_there(house: House, client: OpenAI) -> None:
+    folder = house.registry.folder(house.register("elsewhere", rank=2, seed=90))
+    shutil.move(folder, house.world.root / "moved")
+    folder.symlink_to(house.world.root / "moved")
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="elsewhere", prompt="the", max_tokens=2)
+
+
+def test_an_adapter_whose_files_vanish_while_it_is_loaded_goes_on_answering(house: House) -> None:
+    """It is in a slot; that it is gone is told to whoever asks for it anew."""
+    entry = house.register("vanishing", rank=2, seed=91)
+    with serving(house) as running:
+        connection, stream = running.start_stream(model="vanishing", temperature=0)
+        shutil.rmtree(house.registry.folder(entry))
+        chunks = read_stream(stream)
+        assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+        connection.close()
+        assert running.ask("/v1/completions", {**TEXT, "model": "vanishing@1"})[0] == 404
+
+
+def test_files_that_vanish_between_being_looked_up_and_being_read_are_told(house: House) -> None:
+    """What reads them, as it is called by the engine's reader thread."""
+    entry = house.register("late", rank=2, seed=92)
+    reader = AdapterReader(house.registry)
+    found = house.registry.get("late")
+    shutil.rmtree(house.registry.folder(entry))
+    with pytest.raises(AdapterError) as caught:
+        reader(AdapterRef(found.adapter_hash, found.label))
+    assert caught.value.code in ("adapter-unknown", "adapter-damaged")
 
 
 def test_adapters_of_another_base_or_template_are_refused(house: House, client: OpenAI) -> None:
