@@ -108,7 +108,10 @@ async def _ask(client: httpx.AsyncClient, wanted: Wanted) -> tuple[float, int, i
 def _usage(tail: bytes) -> dict[str, int]:
     """The usage, which is in the last chunk of a stream."""
     events = [line.removeprefix(b"data: ") for line in tail.splitlines() if line.startswith(b"data: {")]
-    return json.loads(events[-1])["usage"]
+    last = json.loads(events[-1])
+    if not last.get("usage"):
+        raise SystemExit(f"a stream ends without its usage: {last}")
+    return last["usage"]
 
 
 def read_texts(*, fewest_words: int, most_words: int) -> Iterator[str]:
