@@ -31,14 +31,16 @@ from benchmarks.report import RESULTS, Row, at_least, at_most, current_commit, w
 from tenon.adapters.bank import AdapterBank, SiteShape, SlotShape, initialise
 from tenon.bases.facts import MODULE_PATHS, site_name
 from tenon.batch import NO_SLOT
-from tenon.infer.decode_graphs import DecodeGraphs
 from tenon.infer.engine import Engine
+from tenon.infer.pass_graphs import PassGraphs
 from tenon.infer.requests import Request
 from tenon.models.cache import KvCache
 from tenon.models.decoder import Decoder
 
 PASS_TOKENS = 2048
 SLOTS, RANK = 8, 16
+FIRST_TOKENS = 30
+PROMPTS = (32, 512)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def requests_of(work: Work, vocab: int) -> list[Request]:
     ]
 
 
-def run_work(work: Work, decoder: Decoder, bank: AdapterBank, cache: KvCache, graphs: DecodeGraphs | None) -> Found:
+def run_work(work: Work, decoder: Decoder, bank: AdapterBank, cache: KvCache, graphs: PassGraphs | None) -> Found:
     """One run of a work, from the first prompt to the last token."""
     said = 0
 
@@ -135,6 +137,25 @@ def run_work(work: Work, decoder: Decoder, bank: AdapterBank, cache: KvCache, gr
     torch.cuda.synchronize()
     # The first passes still read prompts.
     return Found(statistics.median(steps[len(steps) // 4 :] or [0.0]), time.perf_counter() - begin, said)
+
+
+def first_tokens(
+    decoder: Decoder, bank: AdapterBank, cache: KvCache, graphs: PassGraphs | None, tokens_in: int
+) -> tuple[float, float]:
+    """Milliseconds from request to first token, of the base and of a resident adapter: medians of turns."""
+    found: dict[int, list[float]] = {NO_SLOT: [], 0: []}
+    generator = torch.Generator().manual_seed(tokens_in)
+    for _ in range(FIRST_TOKENS):
+        for slot, times in found.items():
+            ids = torch.randint(10, decoder.facts.vocab, (tokens_in,), generator=generator).tolist()
+            engine = Engine(decoder, bank, cache=cache, pass_tokens=PASS_TOKENS, graphs=graphs)
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            engine.submit(0, Request(ids, slot=slot, max_new_tokens=1))
+            while engine.busy:
+                engine.step()
+            times.append((time.perf_counter() - begin) * 1e3)
+    return statistics.median(found[NO_SLOT]), statistics.median(found[0])
 
 
 def profiled(run: Callable[[], object]) -> list[tuple[str, float, int]]:
@@ -187,13 +208,12 @@ def main(words: Sequence[str] | None = None) -> int:
         decoder.facts, places=64, tokens=1024, dtype=decoder.dtype, device=device, budget_bytes=10 * 1024**3
     )
     begin = time.perf_counter()
-    graphs = None if a.eager else DecodeGraphs(decoder, bank, cache)
+    graphs = None if a.eager else PassGraphs(decoder, bank, cache, pass_tokens=PASS_TOKENS)
     if graphs is not None:
         graphs.record_all()
     print(f"recorded in {time.perf_counter() - begin:.1f} s, {torch.cuda.memory_allocated() / 2**30:.1f} GiB")
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in (decoder.head_VD,)) + sum(
-        linear.size_bytes for layer in decoder.layers for linear in layer.stacks.values()
-    )
+    linear_bytes = sum(linear.size_bytes for layer in decoder.layers for linear in layer.stacks.values())
+    weights = decoder.head_VD.numel() * decoder.head_VD.element_size() + linear_bytes
     bandwidth = read_bandwidth(device)
     floor_ms = weights / bandwidth * 1e3
     print(f"{weights / 1e9:.2f} GB at {bandwidth / 1e12:.2f} TB/s: {floor_ms:.2f} ms")
@@ -206,16 +226,17 @@ def main(words: Sequence[str] | None = None) -> int:
     if a.profile:
         for work in works:
             print(work.name, *profiled(lambda w=work: run_work(w, decoder, bank, cache, graphs)), sep="\n   ")
-    found = {name: min(all_of, key=lambda f: f.step_ms) for name, all_of in runs.items()}
     found = {
         name: Found(
-            statistics.median(f.step_ms for f in all_of),
-            statistics.median(f.seconds for f in all_of),
-            found[name].tokens,
+            statistics.median(f.step_ms for f in all_of), statistics.median(f.seconds for f in all_of), all_of[0].tokens
         )
         for name, all_of in runs.items()
     }
     rows = compare(found, floor_ms)
+    for tokens_in in PROMPTS:
+        base_ms, adapter_ms = first_tokens(decoder, bank, cache, graphs, tokens_in)
+        rows.append(Row(f"first token of the base, {tokens_in} tokens in", base_ms, "ms"))
+        rows.append(at_most(f"a resident adapter instead, {tokens_in} tokens in", adapter_ms - base_ms, "ms more", 2.0))
     for row in rows:
         print(f"{row.what}: {row.value:.4g} {row.unit}")
     machine = read_machine("cuda")

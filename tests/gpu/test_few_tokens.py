@@ -31,7 +31,8 @@ from tests.gpu.test_norms import EPS, exact_norm
 from tests.gpu.test_swiglu import exact_swiglu
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-TOKENS: Tokens = [(0, 2), (NO_SLOT, 3), (2, 1), (1, 1), (3, 3)]
+# Fours of one slot, of several, and of none.
+TOKENS: Tokens = [(0, 5), (NO_SLOT, 7), (2, 1), (1, 1), (3, 6)]
 RANKS = (16, 5, 1, 100)
 
 

@@ -341,12 +341,11 @@ class AdapterBank:
         table_SF = None if routes is None else self.tables.at(layer, stack)
         return LowRank(tuple(parts), self._bounds[stack], width, rank, routes, table_SF)
 
-    def fill_tables(self) -> bool:
-        """Bring the tables up to date; whether they were not."""
-        stale, self._stale = self._stale, False
-        if stale:
+    def fill_tables(self) -> None:
+        """Bring the tables up to date."""
+        if self._stale:
             self.tables.fill(self.slots, self.table_slots)
-        return stale
+        self._stale = False
 
 
 def _stack_bounds(facts: ModelFacts, modules: tuple[str, ...]) -> tuple[int, ...]:

@@ -25,14 +25,17 @@ class Grouped(Protocol):
 
 
 class SiteTables:
-    """The tables of `kernels.low_rank.site_table` at every place. moves: how often they went to other memory."""
+    """The tables of `kernels.low_rank.site_table` at every place. moves: how often they went to other memory.
+
+    fills: how often they were filled.
+    """
 
     def __init__(self, facts: ModelFacts, device: torch.device) -> None:
         self._places = [(layer, stack) for layer in range(facts.layers) for stack in STACKS]
         self._device = device
         self._whole: Tensor | None = None
         self._at: dict[tuple[int, str], Tensor] = {}
-        self.moves = 0
+        self.moves, self.fills = 0, 0
 
     def fill(
         self, slots: Mapping[int, Grouped], count: int, shift: Callable[[int, str], int] = lambda _slot, _stack: 0
@@ -41,6 +44,7 @@ class SiteTables:
 
         shift: what is added to the places of a slot's ranks at a stacked weight.
         """
+        self.fills += 1
         # A tensor that is made in inference mode could not be filled again outside of it.
         with torch.inference_mode(False):
             self._fill(slots, count, shift)

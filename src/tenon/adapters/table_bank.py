@@ -20,8 +20,10 @@ from tenon.models.decoder import Decoder, Rider
 
 @dataclass(frozen=True, slots=True)
 class TableKind:
-    """What a recorded pass is good for. rank: no module of a slot is wider. shelved: ranks of the decoder's shelf that
-    it multiplies, the slots' A among them; 0: A is multiplied apart. moves: of the tables that it reads.
+    """What a recorded pass is good for.
+
+    rank: no module of a slot is wider; 0: of any. shelved: ranks of the decoder's shelf that it multiplies, the A of
+    slots among them; 0: A is multiplied apart. moves: of the tables that it reads.
     """
 
     rank: int = 0
@@ -38,33 +40,41 @@ class BankTables:
     def __init__(self, bank: AdapterBank, decoder: Decoder) -> None:
         self.bank, self._shelved_ranks = bank, decoder.shelf_rank
         self._shelf = Shelf(decoder) if decoder.shelf_rank else None
-        self._shelved = SiteTables(bank.facts, bank.device)
+        self._shelved, self._filled = SiteTables(bank.facts, bank.device), -1
 
-    def kind(self, slots: Collection[int]) -> TableKind:
-        """What the next pass with these slots needs; its tables and the shelf are up to date then."""
+    def kind(self, slots: Collection[int], *, few: bool) -> TableKind:
+        """What the next pass with these slots needs; its tables and the shelf are up to date then.
+
+        few: tokens are taken one by one.
+        """
         self._fill()
         if all(slot == NO_SLOT for slot in slots):
             return BARE
         if self._shelf is not None and all(slot == NO_SLOT or self._shelf.holds(slot) for slot in slots):
-            return self._on_shelf()
+            return self._on_shelf(few=few)
         return self._apart()
 
-    def usual(self) -> TableKind:
+    def usual(self, *, few: bool) -> TableKind:
         """What most passes with adapters will need."""
         self._fill()
-        return self._apart() if self._shelf is None else self._on_shelf()
+        return self._apart() if self._shelf is None else self._on_shelf(few=few)
 
     def _fill(self) -> None:
-        if self.bank.fill_tables() and self._shelf is not None:
+        self.bank.fill_tables()
+        if self._shelf is not None and self._filled != self.bank.tables.fills:
+            self._filled = self.bank.tables.fills
             self._shelf.update(self.bank.slots)
             self._shelved.fill(self.bank.slots, self.bank.table_slots, self._shelf.shift)
 
-    def _on_shelf(self) -> TableKind:
-        return TableKind(shelved=self._shelved_ranks, moves=self._shelved.moves)
+    def _on_shelf(self, *, few: bool) -> TableKind:
+        """What takes tokens one by one takes ranks as they come."""
+        return TableKind(0 if few else self._rank(), self._shelved_ranks, self._shelved.moves)
 
     def _apart(self) -> TableKind:
-        widest = max((slot.most_rank for slot in self.bank.slots.values()), default=0)
-        return TableKind(rank=class_size(widest), moves=self.bank.tables.moves)
+        return TableKind(self._rank(), moves=self.bank.tables.moves)
+
+    def _rank(self) -> int:
+        return class_size(max((slot.most_rank for slot in self.bank.slots.values()), default=0))
 
     def of(self, kind: TableKind) -> TableBank:
         """The bank for passes of a kind."""

@@ -249,6 +249,13 @@ def list_routes(segments: tuple[Segment, ...], tile_tokens: int, *, pad: bool = 
     return [np.array(x, dtype=np.int64).reshape(-1) for x in (tiles, chunks, runs)]
 
 
+def list_tiles(slots_T: np.ndarray, tile_tokens: int) -> np.ndarray:
+    """(tiles, 3) int64: (slot, start, stop) of runs of at most so many tokens of one slot."""
+    edges = [0, *(np.flatnonzero(np.diff(slots_T)) + 1).tolist(), len(slots_T)]
+    segments = tuple(Segment(int(slots_T[a]), a, b) for a, b in itertools.pairwise(edges) if a < b)
+    return np.array(_cut(segments, tile_tokens), dtype=np.int64).reshape(-1, 3)
+
+
 def _cut(segments: tuple[Segment, ...], length: int) -> list[tuple[int, int, int]]:
     """Runs of at most `length` tokens of one slot."""
     return [(s.slot, at, min(at + length, s.stop)) for s in segments for at in range(s.start, s.stop, length)]

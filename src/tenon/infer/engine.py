@@ -21,9 +21,9 @@ from torch import Tensor
 
 from tenon.batch import IGNORE, AttentionLayout, Batch, Segment
 from tenon.data.pack import list_routes, slot_routes, upload
-from tenon.infer.decode_graphs import DecodeGraphs
 from tenon.infer.guides import Guides
 from tenon.infer.logits import Scored, not_finite, score_positions
+from tenon.infer.pass_graphs import PassGraphs
 from tenon.infer.pooling import Pools
 from tenon.infer.requests import Completion, OnFailure, OnFinish, OnToken, Request, Token
 from tenon.infer.rows import EngineStats, Row, Taken
@@ -48,13 +48,13 @@ class Engine:
         on_finish: OnFinish | None = None,
         on_failure: OnFailure | None = None,
         keep_prefixes: bool = False,
-        graphs: DecodeGraphs | None = None,
+        graphs: PassGraphs | None = None,
         guides: Guides[Any] | None = None,
     ) -> None:
         """pass_tokens: most tokens of one pass; what decodes always goes. on_start: told of each request that has got a
         place, and again when it had given it back. on_failure: told of scores that are not finite, and of grammars that
         cost too much; without it `step` raises. keep_prefixes: remember full blocks for prompts that begin alike (see
-        `Request.adapter_key`). graphs: what replays passes of one token a row, over the same three. guides: for
+        `Request.adapter_key`). graphs: what replays passes, over the same three. guides: for
         requests with a grammar.
         """
         self._decoder, self._bank, self._cache = decoder, bank, cache
@@ -240,8 +240,9 @@ class Engine:
 
     def _forward(self, passing: list[Taken]) -> Tensor:
         """Run the tokens through the decoder and into the cache; hidden states (T, D) in the order given."""
-        if self._graphs is not None and self._graphs.fits(passing):
-            return self._graphs.run(passing)
+        recorded = None if self._graphs is None else self._graphs.run(passing)
+        if recorded is not None:
+            return recorded
         counts = tuple(len(taken.ids) for taken in passing)
         attention = self._cache.extend(tuple(taken.place for taken in passing), counts)
         batch = _inference_batch(passing, attention.positions_T, self._decoder.tile_tokens)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Features that a program holds in registers.
 LONGEST = 16_384
+# Ranks of a term that it holds at a time.
+_RANKS = 8
 
 
 @jit
@@ -47,6 +49,7 @@ def _row_kernel(
     UPDATE: tl.constexpr,
     QUANTISE: tl.constexpr,
     TERM: tl.constexpr,
+    RANKS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, COLUMNS)
@@ -56,7 +59,7 @@ def _row_kernel(
         y = tl.load(y_ptr + row * y_stride + d, mask=inside, other=0.0)
         total = x.to(tl.float32) + y.to(tl.float32)
         if TERM:
-            total += row_term(low_ptr, low_stride, row, tl.load(slot_ptr + row), table_ptr, 0, d, inside, 8)
+            total += row_term(low_ptr, low_stride, row, tl.load(slot_ptr + row), table_ptr, 0, d, inside, RANKS)
         x = total.to(x.dtype)
         tl.store(y_ptr + row * y_stride + d, x, mask=inside)
     wide = x.to(tl.float32)
@@ -152,6 +155,7 @@ def add_norm_of_rows(
         UPDATE=update is not None,
         QUANTISE=quantised is not None,
         TERM=few is not None,
+        RANKS=_RANKS,
         num_warps=_warps(columns) if addend is None else 16,
         enable_fp_fusion=False,
     )

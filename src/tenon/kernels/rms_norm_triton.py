@@ -171,6 +171,9 @@ def add_norm(
     """See `rms_norm.add_norm`; n is written into n_TD."""
     if update is not None:
         settle_if_long(update)
+        if update.addend is not None and not update.addend.low.parts and update.addend.low.few is None:
+            # Nothing is recorded: two passes are faster than one whose programs are as few as the tiles.
+            update.settled()
         added = None if update.addend is None else update.addend.low
     if _by_rows(x_TD.shape[1], added):
         return add_norm_of_rows(x_TD, update, weight_D, eps, n_TD, quantised)

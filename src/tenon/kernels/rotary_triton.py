@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 @jit
 def _make_heads_kernel(
     qkv_ptr,
+    qkv_stride,
     out_ptr,
+    out_stride,
     cos_ptr,
     sin_ptr,
     q_norm_ptr,
@@ -51,7 +53,7 @@ def _make_heads_kernel(
     e = tl.arange(0, HALF)
     inside = e < SIZE // 2
     mask = row_mask[:, None] & inside[None, :]
-    at = rows[:, None] * ((HEADS + 2 * KV_HEADS) * SIZE) + head * SIZE + e[None, :]
+    at = rows[:, None] * qkv_stride + head * SIZE + e[None, :]
     first = tl.load(qkv_ptr + at, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(qkv_ptr + at + SIZE // 2, mask=mask, other=0.0).to(tl.float32)
     element = qkv_ptr.dtype.element_ty
@@ -81,6 +83,7 @@ def _make_heads_kernel(
             turned = first * cos - second * sin
             second = second * cos + first * sin
             first = turned
+    at = rows[:, None] * out_stride + head * SIZE + e[None, :]
     tl.store(out_ptr + at, first.to(element), mask=mask)
     tl.store(out_ptr + at + SIZE // 2, second.to(element), mask=mask)
 
@@ -190,7 +193,9 @@ def _make_heads(qkv: Sum, out_TO: Tensor, rotation: Rotation | None, shape: Head
     low_TW = qkv_TO if addend is None else addend.low_TW
     _make_heads_kernel[(blocks, shape.heads + 2 * shape.kv_heads)](
         qkv_TO,
+        qkv_TO.stride(0),
         out_TO,
+        out_TO.stride(0),
         qkv_TO if rotation is None else rotation.cos_TE,
         qkv_TO if rotation is None else rotation.sin_TE,
         qkv_TO if shape.q_norm_E is None else shape.q_norm_E,

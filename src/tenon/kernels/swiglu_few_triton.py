@@ -8,7 +8,7 @@ from tenon.kernels.gpu import ceil_div, jit, tl
 from tenon.kernels.low_rank import Addend
 from tenon.kernels.low_rank_few_triton import row_term
 
-_COLUMNS = 256
+_COLUMNS = 128
 
 
 @jit
@@ -53,5 +53,5 @@ def swiglu(gate_up_TF2: Tensor, addend: Addend, h_TF: Tensor) -> None:
         addend.low.table_SF,
         width,
         COLUMNS=_COLUMNS,
-        num_warps=4,
+        num_warps=1,
     )

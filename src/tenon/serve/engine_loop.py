@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 from tenon.adapters.bank import AdapterBank
 from tenon.errors import StopRequestedError, TenonError
-from tenon.infer.decode_graphs import DecodeGraphs
 from tenon.infer.engine import Engine
 from tenon.infer.guides import Guides
+from tenon.infer.pass_graphs import PassGraphs
 from tenon.infer.requests import Completion, Token
 from tenon.models.cache import KvCache
 from tenon.models.decoder import Decoder
@@ -94,7 +94,7 @@ class EngineLoop:
             on_failure=self._on_failure,
             keep_prefixes=True,
             guides=guides,
-            graphs=_record(decoder, bank, cache, slots=limits.slots),
+            graphs=_record(decoder, bank, cache, limits),
         )
         self._inbox: queue.SimpleQueue[Job | _Cancel | Literal["wake", "stop"]] = queue.SimpleQueue()
         bounds = Bounds(limits.slots, limits.adapter_bytes, limits.adapter_wait_seconds)
@@ -287,11 +287,11 @@ class EngineLoop:
         self._unprepared.clear()
 
 
-def _record(decoder: Decoder, bank: AdapterBank, cache: KvCache, *, slots: int) -> DecodeGraphs | None:
+def _record(decoder: Decoder, bank: AdapterBank, cache: KvCache, limits: Limits) -> PassGraphs | None:
     """Recorded passes, all of them now: the first requests are not to wait for it. None where there are none."""
-    if not DecodeGraphs.can_record(decoder):
+    if not PassGraphs.can_record(decoder):
         return None
-    bank.keep_room(slots)
-    graphs = DecodeGraphs(decoder, bank, cache)
+    bank.keep_room(limits.slots)
+    graphs = PassGraphs(decoder, bank, cache, pass_tokens=limits.pass_tokens)
     graphs.record_all()
     return graphs
