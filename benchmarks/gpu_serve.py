@@ -9,6 +9,7 @@ as much. Writes benchmarks/results/serve_gpu.json.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -197,6 +198,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", action="store_true", help="list the longest kernels of each decoding work")
     parser.add_argument("--eager", action="store_true", help="without recorded passes")
     parser.add_argument("--shelf", type=int, default=SLOTS * RANK, help="ranks whose A lie below the weights")
+    parser.add_argument("--vllm", type=Path, default=None, help="what benchmarks/peers/vllm_requests.py wrote here")
     parser.add_argument("--base", default="bf16", choices=["bf16", "fp8", "int8", "nf4"])
     parser.add_argument("--results", type=Path, default=RESULTS / "serve_gpu.json")
     parser.add_argument("--log", type=Path, default=None)
@@ -232,21 +234,28 @@ def main(words: Sequence[str] | None = None) -> int:
         )
         for name, all_of in runs.items()
     }
+    machine = read_machine("cuda")
     rows = compare(found, floor_ms)
     for tokens_in in PROMPTS:
         base_ms, adapter_ms = first_tokens(decoder, bank, cache, graphs, tokens_in)
         rows.append(Row(f"first token of the base, {tokens_in} tokens in", base_ms, "ms"))
         rows.append(at_most(f"a resident adapter instead, {tokens_in} tokens in", adapter_ms - base_ms, "ms more", 2.0))
+    versions = dict(machine.versions)
+    if a.vllm is not None and "requests-64" in found:
+        peer, ours = json.loads(a.vllm.read_text()), found["requests-64"]
+        versions["vllm"] = peer["version"]
+        share = ours.tokens / ours.seconds / peer["tokens_a_second"]
+        rows.append(Row("requests-64: vLLM", peer["tokens_a_second"], "tokens/s"))
+        rows.append(at_least("requests-64, of vLLM's throughput", share, "", 0.7))
     for row in rows:
         print(f"{row.what}: {row.value:.4g} {row.unit}")
-    machine = read_machine("cuda")
     write_tree(
         a.results,
         rows,
         device=machine.title,
         date=datetime.now(UTC).date().isoformat(),
         commit=current_commit(),
-        versions=machine.versions,
+        versions=versions,
         more={"driver": machine.driver, "code": code_hash(OUR_CODE), "base": a.base, "repeat": a.repeat},
     )
     return 0
