@@ -5,7 +5,7 @@
 #   benchmarks/gpu.sh OUTDIR parity [words of gpu_parity.py]
 #   benchmarks/gpu.sh OUTDIR ranks  [words of gpu_ranks.py]        on two GPUs
 #   benchmarks/gpu.sh OUTDIR profile [words of gpu_profile.py]
-#   benchmarks/gpu.sh OUTDIR serve [words of gpu_serve.py]
+#   benchmarks/gpu.sh OUTDIR serve [words of serve_gpu.py]
 #   benchmarks/gpu.sh OUTDIR tests  [words of pytest]
 #   benchmarks/gpu.sh OUTDIR keep   keeps the pieces of the base that came this time, for a later call on this machine
 # Results begin from those in benchmarks/results, add up over calls on one machine, and lie in OUTDIR with the log; take
@@ -66,7 +66,7 @@ case $what in
     run gpu_parity --base "$kept/smollm2-135m.gguf" "$@"
     ;;
   profile) run gpu_profile "$@" ;;
-  serve) run gpu_serve "$@" ;;
+  serve) run serve_gpu "$@" ;;
   ranks) run gpu_ranks "$@" ;;
   tests) run gpu_tests "$@" ;;
   keep) keep_base && ls -la "$kept/base" ;;

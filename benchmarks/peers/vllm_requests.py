@@ -1,4 +1,4 @@
-"""vLLM at the work `requests-64` of gpu_serve, in an environment of its own: `python vllm_requests.py OUT.json`.
+"""vLLM at the work `requests-64` of serve_gpu, in an environment of its own: `python vllm_requests.py OUT.json`.
 
 The same shape with random weights, prompts of random token ids, greedy, answers of a fixed length. Measured is one call
 of `LLM.generate` for all of them, from the first prompt to the last token, after one such call to warm up.

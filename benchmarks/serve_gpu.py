@@ -1,4 +1,4 @@
-"""How fast one GPU continues sequences, at the 8B shape: `python benchmarks/gpu_serve.py [--only NAME,…] [--profile]`.
+"""How fast one GPU continues sequences, at the 8B shape: `python benchmarks/serve_gpu.py [--only NAME,…] [--profile]`.
 
 Random weights, real engine: continuous batching, paged cache, recorded passes. Each work: decoding with so many rows
 (tokens that the engine said, over the seconds of its passes, host work and all), or whole requests (prompts and
