@@ -131,10 +131,13 @@ def test_recorded_passes_say_what_others_do(device: torch.device, shelf: int) ->
 
 @pytest.mark.parametrize("kind", ["fp8", "int8", "nf4"])
 def test_quantised_bases(device: torch.device, kind: FrozenKind) -> None:
+    """Their scores move more with the shape of a product, so the tokens of a random base part sooner."""
     decoder = random_base(device, kind=kind, shelf_rank=128)
     bank = make_bank(decoder)
     requests = requests_of(decoder, [NO_SLOT, 0, 1, 2, 3])
-    assert_alike(answers(decoder, bank, requests, recorded=True), answers(decoder, bank, requests, recorded=False), 0.3)
+    for recorded in (True, False):
+        said = answers(decoder, bank, requests, recorded=recorded)
+        assert largest_difference(decoder, bank, requests, said) <= 0.3
 
 
 @pytest.mark.parametrize("base", [{}, {"qk_norm": True}, {"window": 24}, {"dtype": torch.float16}], ids=str)
