@@ -12,24 +12,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.report import Row, at_least, write
 from benchmarks.serving_adapters import BASE, RANKS, make_adapters
 from benchmarks.serving_load import Load, Wanted, drive, read_texts
+from benchmarks.serving_tenon import tenon_server
 from benchmarks.serving_vllm import vllm_server, vllm_versions
 from tenon.bases.locate import locate_base
 from tenon.models.prepare import prepare_base
-from tenon.settings import Settings, child_environment, read_settings
+from tenon.settings import read_settings
 
 CLIENTS, BOUND = 16, 1.5
 ANSWER_TOKENS = (64, 128)
@@ -76,7 +74,8 @@ def main() -> None:
         base = prepare_base(locate_base(BASE, settings), settings)
         made = make_adapters(Path(scratch) / "adapters", settings=settings)
         folders = {one.name: one.folder for one in made}
-        systems = [stack.enter_context(tenon_server(settings, cores))]
+        options = ("--slots", str(len(RANKS)), "--rows", str(CLIENTS), "--cache", str(CACHE_BYTES))
+        systems = [System(TENON, stack.enter_context(tenon_server(BASE, settings, cores=cores, options=options)))]
         for dtype in () if a.without_vllm else ("float32", "bfloat16"):
             environment = {"VLLM_CPU_OMP_THREADS_BIND": "-".join(str(core) for core in (0, cores - 1))}
             vllm = stack.enter_context(
@@ -98,20 +97,6 @@ def main() -> None:
         print(f"{row.what}: {row.value:.3g} {row.unit}{f' ({row.bound})' if row.bound else ''}")
     if not a.without_vllm:
         print(write("serve_cpu", rows, versions=vllm_versions()))
-
-
-@contextmanager
-def tenon_server(settings: Settings, cores: int) -> Iterator[System]:
-    """`tenon serve` as users start it, on a free port."""
-    words = [str(Path(sys.executable).with_name("tenon")), "serve", BASE, "--port", "0", "--json"]
-    words += ["--slots", str(len(RANKS)), "--rows", str(CLIENTS), "--cache", str(CACHE_BYTES)]
-    environment = child_environment(replace(settings, threads=cores))
-    with subprocess.Popen(words, stdout=subprocess.PIPE, env=environment) as process:
-        try:
-            assert process.stdout is not None
-            yield System(TENON, f"{json.loads(process.stdout.readline())['url']}/v1")
-        finally:
-            process.terminate()
 
 
 def measure(systems: Sequence[System], adapters: tuple[str, ...], rounds: int) -> dict[Scene, dict[str, list[Load]]]:

@@ -11,19 +11,26 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tenon.adapters.bank import AdapterBank, SiteShape, Slot, SlotShape, initialise
-from tenon.adapters.peft_files import write_adapter
+from tenon.adapters.peft_files import load_adapter, read_adapter, write_adapter
 from tenon.bases.facts import MODULE_PATHS, ModelFacts, site_name
 from tenon.bases.locate import locate_base
+from tenon.batch import NO_SLOT
+from tenon.data.pack import PackRow
+from tenon.data.tokenizer import load_tokenizer
+from tenon.infer.score import score
+from tenon.models.load import load_decoder
 from tenon.models.prepare import prepare_base
 from tenon.plan.values import BasePlan
 from tenon.registry.entry import Entry, EntryDraft
+from tenon.registry.probes import Probe, Probes
 from tenon.registry.store import Registry
 from tenon.service.bases import describe_base
 from tenon.settings import Settings, read_settings
@@ -32,6 +39,8 @@ BASE = "smollm2-135m"
 RANKS = (4, 8, 12, 16, 24, 32, 48, 64)
 EFFECT = 0.1
 SCALE = 2.0
+# As many probes as training keeps where nothing is said, and so many tokens of each as its answer.
+PROBES, PROBE_TOKENS = 4, 16
 ATTENTION, FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 _MODULES = (tuple(MODULE_PATHS), ATTENTION, FEED_FORWARD)
 
@@ -95,6 +104,35 @@ def random_adapter(facts: ModelFacts, shape: SlotShape, seed: int) -> Slot:
         b_OR.copy_(torch.randn(b_OR.shape, generator=generator) * deviation)
     slot.refresh()
     return slot
+
+
+def record_probes(made: Sequence[Made], texts: Iterator[str], settings: Settings, *, base: str = BASE) -> list[Probes]:
+    """What each adapter says of a few texts, in the form in which training records it with an adapter."""
+    prepared, plan = prepare_base(locate_base(base, settings), settings), describe_base(base, settings)
+    decoder = load_decoder(prepared, plan.facts, dtype=torch.float32, device=torch.device("cpu"))
+    tokenizer, found = load_tokenizer(prepared), []
+    for one in made:
+        bank = AdapterBank(plan.facts, dtype=torch.float32, device=torch.device("cpu"))
+        slots = (load_adapter(bank, one.name, read_adapter(one.folder)), NO_SLOT)
+        ids = [tokenizer.encode(next(texts)) for _ in range(PROBES)]
+        rows = [PackRow(slot, np.array(each), _is_answer(len(each))) for each in ids for slot in slots]
+        said = [tuple(map(float, scored.logprobs)) for scored in score(decoder, bank, rows)]
+        probes = tuple(
+            Probe(
+                prompt_ids=tuple(each[:-PROBE_TOKENS]),
+                answer_ids=tuple(each[-PROBE_TOKENS:]),
+                logprobs=own,
+                base_logprobs=bare,
+            )
+            for each, own, bare in zip(ids, said[::2], said[1::2], strict=True)
+        )
+        found.append(Probes(precision="fp32", base_format="dense", device="cpu", probes=probes))
+    return found
+
+
+def _is_answer(tokens: int) -> np.ndarray:
+    """The last ones of a text are what is scored."""
+    return np.arange(tokens) >= tokens - PROBE_TOKENS
 
 
 def read_prompts(data: Path, count: int) -> list[str]:

@@ -87,10 +87,11 @@ async def drive(url: str, wanted: Sequence[Wanted], *, clients: int, key: str = 
 
 async def _ask_all(client: httpx.AsyncClient, waiting: Iterator[Wanted]) -> list[tuple[float, int, int]]:
     """One client: (seconds to the first token, tokens of the prompt, of the answer) of each of its answers."""
-    return [await _ask(client, wanted) for wanted in waiting]
+    return [await ask(client, wanted) for wanted in waiting]
 
 
-async def _ask(client: httpx.AsyncClient, wanted: Wanted) -> tuple[float, int, int]:
+async def ask(client: httpx.AsyncClient, wanted: Wanted) -> tuple[float, int, int]:
+    """One answer: seconds to its first token, tokens of the prompt, of the answer. client: with OpenAI's base_url."""
     began = time.perf_counter()
     first, tail = 0.0, b""
     async with client.stream("POST", "/completions", json=wanted.body()) as answer:

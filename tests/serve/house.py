@@ -174,7 +174,15 @@ def serving(house: House, **changes: Any) -> Iterator[Running]:
 
         def make_engine(deliver: Deliver, grammars: Grammars) -> EngineLoop:
             read = AdapterReader(house.registry)
-            return EngineLoop(house.decoder, bank, limits=limits, read=read, deliver=deliver, guides=grammars)
+            return EngineLoop(
+                house.decoder,
+                bank,
+                limits=limits,
+                read=read,
+                read_probes=read.probes,
+                deliver=deliver,
+                guides=grammars,
+            )
 
         server = Server(
             make_engine,

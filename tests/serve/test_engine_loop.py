@@ -138,3 +138,18 @@ def test_what_waits_is_let_in_when_all_that_ran_has_ended(house: House) -> None:
             loop.submit(each)
         wait_until(lambda: all(isinstance(box.last, Ended) for _, box in asked))
         assert loop.load.adapters.evictions >= 1 and loop.load.adapters.from_disk >= 1
+
+
+def test_ends_tell_what_was_waited_for(house: House) -> None:
+    """The adapter until its slot was there, then a place in the batch; a preempted row's first place counts."""
+    with working(house, rows=2, slots=1) as loop:
+        asked = [job("low", tokens=60), job("high"), job(None, tokens=60), job(None)]
+        for each, _ in asked:
+            loop.submit(each)
+        wait_until(lambda: all(isinstance(box.last, Ended) for _, box in asked))
+        longest = loop.load.adapters.most_wait_seconds
+    low, high, first, second = [box.last.waits for _, box in asked if isinstance(box.last, Ended)]
+    assert low and high and first and second
+    assert high.adapter_seconds == longest > low.adapter_seconds > 0
+    assert first.adapter_seconds == second.adapter_seconds == 0
+    assert second.place_seconds > first.place_seconds >= 0

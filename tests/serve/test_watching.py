@@ -51,6 +51,18 @@ class Watched:
         return next(json.loads(line) for line in self.lines if f'"id":"{name}"' in line)
 
 
+def test_waits_of_sequences_are_counted(house: House) -> None:
+    """By the engine, all the way to /metrics."""
+    with serving(house, rows=1, slots=1) as running:
+        for model in ("low", "base"):
+            assert running.ask("/v1/completions", {"model": model, "prompt": "the", "max_tokens": 2})[0] == 200
+        text = running.ask("/metrics")[1]
+    lines = [line.partition(" ")[::2] for line in text.splitlines() if not line.startswith("#")]
+    told = {name: float(value) for name, value in lines}
+    assert told["tenon_queue_seconds_count"] == told["tenon_adapter_wait_seconds_count"] == 2
+    assert 0 < told["tenon_adapter_wait_seconds_sum"] == pytest.approx(told["tenon_adapter_wait_seconds_most"])
+
+
 def nothing(_ids: object) -> str:
     raise AssertionError("prompts were not asked for")
 

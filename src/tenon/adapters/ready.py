@@ -113,7 +113,7 @@ class CopyAside:
 
     def __init__(self, kind: BankKind) -> None:
         self._kind, self._stream = kind, torch.cuda.Stream(kind.device)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-copies")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="slot-copies")
 
     def start(self, ready: ReadyAdapter, /) -> Arrival:
         """See `Mover.start`."""

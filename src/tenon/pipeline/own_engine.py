@@ -39,7 +39,15 @@ def own_engine(request: ServeRequest, emit: Emit, settings: Settings) -> tuple[R
     read = AdapterReader(Registry(settings.registry))
 
     def make_engines(deliver: Deliver, grammars: Grammars) -> EngineLoop:
-        return EngineLoop(bench.decoder, bench.bank, limits=limits, read=read, deliver=deliver, guides=grammars)
+        return EngineLoop(
+            bench.decoder,
+            bench.bank,
+            limits=limits,
+            read=read,
+            read_probes=read.probes,
+            deliver=deliver,
+            guides=grammars,
+        )
 
     return renderer, make_engines
 
@@ -48,12 +56,13 @@ def run_engine(request: EngineRequest, lines: Iterator[str], emit: Emit, setting
     """Make sequences for a server's front until the lines end. Raises PlanError plan-cache; what loading raises."""
     bench, renderer = open_engine(request.engine, settings, emit, shelf_rank=_SHELF_RANK * request.slots)
     bench.decoder.pack()
-    process = EngineProcess(emit)
+    process, read = EngineProcess(emit), AdapterReader(Registry(settings.registry))
     engine = EngineLoop(
         bench.decoder,
         bench.bank,
         limits=cache_limits(request, bench.decoder),
-        read=AdapterReader(Registry(settings.registry)),
+        read=read,
+        read_probes=read.probes,
         deliver=process.deliver,
         guides=Grammars(renderer.tokenizer, vocabulary=bench.decoder.facts.vocab),
         on_start=process.on_start,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tenon.adapters.peft_files import AdapterFiles, parse_adapter
 from tenon.errors import AdapterError
+from tenon.registry.probes import Probes
 from tenon.registry.store import Registry
 from tenon.serve.jobs import AdapterRef
 
@@ -21,10 +22,21 @@ class AdapterReader:
         try:
             entry, contents = self.registry.read(adapter.label)
         except OSError as error:
-            raise AdapterError(
-                "adapter-damaged",
-                f"{adapter.label}: its files cannot be read",
-                got=str(error.strerror),
-                hint="use another version",
-            ) from error
+            raise _unreadable(adapter, error) from error
         return parse_adapter(self.registry.folder(entry), contents)
+
+    def probes(self, adapter: AdapterRef) -> Probes | None:
+        """What the version said when it was trained; None where nothing was recorded. Raises AdapterError."""
+        try:
+            return self.registry.probes(self.registry.get(adapter.label))
+        except OSError as error:
+            raise _unreadable(adapter, error) from error
+
+
+def _unreadable(adapter: AdapterRef, error: OSError) -> AdapterError:
+    return AdapterError(
+        "adapter-damaged",
+        f"{adapter.label}: its files cannot be read",
+        got=str(error.strerror),
+        hint="use another version",
+    )

@@ -94,6 +94,10 @@ class AdapterMemory(Generic[T]):
         """What is in memory, which then is no more. Raises KeyError."""
         return self._kept.pop(key)
 
+    def drop(self, key: str) -> None:
+        """Forget what is in memory, if it is there: it is not as it should be."""
+        self._kept.pop(key, None)
+
     def touch(self, key: str) -> None:
         """It was used just now."""
         if key in self._kept:

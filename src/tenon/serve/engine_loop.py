@@ -17,21 +17,27 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
+
 from tenon.adapters.bank import AdapterBank
-from tenon.errors import StopRequestedError, TenonError
+from tenon.errors import AdapterError, StopRequestedError, TenonError
 from tenon.infer.engine import Engine
 from tenon.infer.guides import Guides
 from tenon.infer.pass_graphs import PassGraphs
 from tenon.infer.requests import Completion, Token
 from tenon.models.cache import KvCache
 from tenon.models.decoder import Decoder
+from tenon.plan.values import Precision
+from tenon.registry.probes import Probes
 from tenon.serve.compiling import Compiling
-from tenon.serve.jobs import Deliver, Ended, Event, Failed, Job, Limits, Load, Mailbox
-from tenon.serve.residency import Bounds, ReadFiles, Residency
+from tenon.serve.jobs import AdapterRef, Deliver, Ended, Event, Failed, Job, Limits, Load, Mailbox, Waits
+from tenon.serve.parity import Check, Computing, require_vocabulary
+from tenon.serve.residency import Bounds, ReadFiles, ReadProbes, Residency
 from tenon.serve.waiting import WaitingJobs
 
 # How long to sleep while nothing can be computed and a slot is on its way, which tells nobody that it is there.
 _ARRIVAL_SECONDS = 0.001
+_PRECISIONS: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +46,24 @@ class _Cancel:
 
 
 @dataclass(slots=True)
-class _Waits:
+class _Running:
+    """A job that the engine has. since: when it came. place_seconds: how long it waited for its place, after its
+    adapter; None while it has none.
+    """
+
+    job: Job
+    since: float
+    adapter_seconds: float
+    place_seconds: float | None = None
+
+    @property
+    def waits(self) -> Waits | None:
+        """What it waited for."""
+        return None if self.place_seconds is None else Waits(self.adapter_seconds, self.place_seconds)
+
+
+@dataclass(slots=True)
+class _SlotWaits:
     """How long sequences waited for a slot, those that had to."""
 
     count: int = 0
@@ -64,15 +87,16 @@ class EngineLoop:
         *,
         limits: Limits,
         read: ReadFiles,
+        read_probes: ReadProbes | None = None,
         deliver: Deliver,
         guides: Guides[Any] | None = None,
         on_start: Callable[[Job], None] | None = None,
         on_turn: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """guides: for requests with a grammar; None where there are none. on_start: told when a job has got its place,
-        and again when it had given it back. on_turn: called after every pass, and after every `wake`. Both by the
-        thread that runs.
+        """read_probes: what adapters are asked before anybody else asks them; without it they are not. guides: for
+        requests with a grammar; None where there are none. on_start: told when a job has got its place, and again when
+        it had given it back. on_turn: called after every pass, and after every `wake`. Both by the thread that runs.
         """
         self.limits = limits
         cache = KvCache(
@@ -88,7 +112,7 @@ class EngineLoop:
             bank,
             cache=cache,
             pass_tokens=limits.pass_tokens,
-            on_start=None if on_start is None else lambda index: on_start(self._running[index]),
+            on_start=self._on_start,
             on_token=self._on_token,
             on_finish=self._on_finish,
             on_failure=self._on_failure,
@@ -99,14 +123,21 @@ class EngineLoop:
         self._inbox: queue.SimpleQueue[Job | _Cancel | Literal["wake", "stop"]] = queue.SimpleQueue()
         bounds = Bounds(limits.slots, limits.adapter_bytes, limits.adapter_wait_seconds)
         self._residency = Residency(
-            bank, bounds=bounds, read=read, on_read=lambda: self._inbox.put("wake"), clock=clock
+            bank,
+            bounds=bounds,
+            read=read,
+            read_probes=None if read_probes is None else _within(decoder.facts.vocab, read_probes),
+            on_read=lambda: self._inbox.put("wake"),
+            clock=clock,
         )
+        self._computing = Computing(decoder.kind, _PRECISIONS[decoder.dtype])
+        self._checks: dict[int, Check] = {}
         self._compiling = Compiling(guides, on_done=lambda: self._inbox.put("wake"))
-        self._deliver, self._on_turn = deliver, on_turn
+        self._deliver, self._on_turn, self._tell_start, self._clock = deliver, on_turn, on_start, clock
         self._unprepared: list[Job] = []  # their grammars are being compiled
         self._waiting = WaitingJobs(clock)
-        self._waits = _Waits()
-        self._running: dict[int, Job] = {}
+        self._waits = _SlotWaits()
+        self._running: dict[int, _Running] = {}
         self._numbers = itertools.count()
         self._letters: list[tuple[Mailbox, Event]] = []
         self._stopped = False
@@ -182,7 +213,7 @@ class EngineLoop:
             self._unprepared.remove(job)
         if unprepared or self._waiting.discard(job):
             self._letters.append((job.mailbox, Ended(Completion((), (), "cancelled"))))
-        for number in [number for number, running in self._running.items() if running is job]:
+        for number in [number for number, running in self._running.items() if running.job is job]:
             self._engine.cancel(number)
 
     def _prepare(self) -> None:
@@ -210,6 +241,19 @@ class EngineLoop:
         """Bring the adapters that are waited for nearer, and tell those whose adapter is refused."""
         for key, error in self._residency.arrange(self._waiting.needs(), self._waiting.next_number).items():
             self._letters += [(job.mailbox, Failed(error)) for job in self._waiting.take_all(key)]
+        for found in self._residency.to_check():
+            number = next(self._numbers)
+            self._ask_probe(Check(found.adapter.key, found.adapter.label, found.slot, found.probes, number))
+
+    def _ask_probe(self, check: Check) -> None:
+        """Ask an adapter its next probe, before all who wait for a place; after the last one it is judged."""
+        request = check.next_request()
+        if request is None:
+            self._residency.judge(check.key, check.verdict(self._computing))
+            return
+        number = next(self._numbers)
+        self._checks[number] = check
+        self._engine.submit(number, request)
 
     def _let_in(self) -> None:
         """Let go to the engine, in the order of arrival, as many as it has places for, of those whose adapter has a
@@ -219,14 +263,15 @@ class EngineLoop:
             waiter = self._waiting.take(self._admits)
             if waiter is None:
                 return
-            job, slot, owner = waiter.job, waiter.job.request.slot, None
+            job, slot, owner, waited = waiter.job, waiter.job.request.slot, None, 0.0
             if job.adapter is not None:
-                self._waits.add(self._residency.waited_seconds(job.adapter.key, waiter.since))
+                waited = self._residency.waited_seconds(job.adapter.key, waiter.since)
+                self._waits.add(waited)
                 slot = self._residency.take(job.adapter.key)
                 # What is remembered of a prompt belongs to the adapter: its slot may be another one's tomorrow.
                 owner = job.adapter.key
             number = next(self._numbers)
-            self._running[number] = job
+            self._running[number] = _Running(job, waiter.since, waited)
             self._engine.submit(number, replace(job.request, slot=slot, adapter_key=owner))
 
     def _admits(self, key: str | None, number: int) -> bool:
@@ -234,21 +279,41 @@ class EngineLoop:
 
     # ---- what goes out ------------------------------------------------------------------------------------------
 
+    def _on_start(self, index: int) -> None:
+        running = self._running.get(index)
+        if running is None:  # a probe
+            return
+        if running.place_seconds is None:
+            running.place_seconds = max(self._clock() - running.since - running.adapter_seconds, 0.0)
+        if self._tell_start is not None:
+            self._tell_start(running.job)
+
     def _on_token(self, index: int, token: Token) -> None:
-        self._letters.append((self._running[index].mailbox, token))
+        self._letters.append((self._running[index].job.mailbox, token))
 
     def _on_finish(self, index: int, completion: Completion) -> None:
         self._engine.completions.pop(index)
-        self._letters.append((self._finished(index).mailbox, Ended(completion)))
+        check = self._checks.pop(index, None)
+        if check is not None:
+            check.hear(completion)
+            self._ask_probe(check)
+            return
+        running = self._finished(index)
+        self._letters.append((running.job.mailbox, Ended(completion, running.waits)))
 
     def _on_failure(self, index: int, error: TenonError) -> None:
-        self._letters.append((self._finished(index).mailbox, Failed(error)))
+        check = self._checks.pop(index, None)
+        if check is None:
+            self._letters.append((self._finished(index).job.mailbox, Failed(error)))
+        else:
+            assert isinstance(error, AdapterError), "what computes with a slot blames its adapter"
+            self._residency.judge(check.key, error)
 
-    def _finished(self, index: int) -> Job:
-        job = self._running.pop(index)
-        if job.adapter is not None:
-            self._residency.release(job.adapter.key)
-        return job
+    def _finished(self, index: int) -> _Running:
+        running = self._running.pop(index)
+        if running.job.adapter is not None:
+            self._residency.release(running.job.adapter.key)
+        return running
 
     def _hand_over(self) -> None:
         now = self._engine.stats()
@@ -281,10 +346,22 @@ class EngineLoop:
             word = self._inbox.get()
             if isinstance(word, Job):
                 self._unprepared.append(word)
-        left = (*self._running.values(), *self._waiting.clear(), *self._unprepared)
+        left = (*(running.job for running in self._running.values()), *self._waiting.clear(), *self._unprepared)
         self._letters += [(job.mailbox, Failed(error)) for job in left]
         self._running.clear()
         self._unprepared.clear()
+
+
+def _within(vocabulary: int, read: ReadProbes) -> ReadProbes:
+    """Probes with no token that the base does not have. Raises AdapterError adapter-parity."""
+
+    def read_within(adapter: AdapterRef, /) -> Probes | None:
+        probes = read(adapter)
+        if probes is not None:
+            require_vocabulary(probes, vocabulary, adapter.label)
+        return probes
+
+    return read_within
 
 
 def _record(decoder: Decoder, bank: AdapterBank, cache: KvCache, limits: Limits) -> PassGraphs | None:

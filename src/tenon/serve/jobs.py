@@ -96,9 +96,10 @@ AdapterState: TypeAlias = Literal["resident", "loading", "in memory", "on disk"]
 class AdapterTraffic:
     """What adapters did so far. from_slot, from_memory, from_disk: sequences whose adapter was there when they came.
 
-    reads: adapters read from disk, in read_seconds together. loads: adapters put into a slot; evictions: taken out of
-    one for another; dropped: from host memory. memory_bytes: what host memory holds now. waited, wait_seconds,
-    most_wait_seconds: sequences that waited for a slot, how long together, and the longest.
+    reads: adapters read from disk, in read_seconds together. checks: of what they say against what they said when they
+    were trained, in check_seconds together; check_refusals: those that failed. loads: adapters put into a slot;
+    evictions: taken out of one for another; dropped: from host memory. memory_bytes: what host memory holds now.
+    waited, wait_seconds, most_wait_seconds: sequences that waited for a slot, how long together, and the longest.
     """
 
     from_slot: int = 0
@@ -106,6 +107,9 @@ class AdapterTraffic:
     from_disk: int = 0
     reads: int = 0
     read_seconds: float = 0.0
+    checks: int = 0
+    check_seconds: float = 0.0
+    check_refusals: int = 0
     loads: int = 0
     evictions: int = 0
     dropped: int = 0

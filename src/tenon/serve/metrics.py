@@ -90,6 +90,9 @@ class _Engine(Collector):
             ("tenon_adapter_evictions", "Adapters that left a slot for another.", load.adapters.evictions),
             ("tenon_adapter_reads", "Adapters read from disk.", load.adapters.reads),
             ("tenon_adapter_read_seconds", "Time that reading them took.", load.adapters.read_seconds),
+            ("tenon_adapter_checks", "Adapters whose probes were asked.", load.adapters.checks),
+            ("tenon_adapter_check_seconds", "Time that asking them took.", load.adapters.check_seconds),
+            ("tenon_adapter_check_refusals", "Adapters that spoke otherwise.", load.adapters.check_refusals),
             ("tenon_adapter_drops", "Adapters dropped from host memory.", load.adapters.dropped),
         ):
             yield CounterMetricFamily(name, text, value=value)

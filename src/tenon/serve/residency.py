@@ -1,9 +1,10 @@
 """Adapters between disk, host memory and the slots of the bank, so that no running sequence waits for any of it.
 
-    disk  --reader thread-->  host memory, ready (`adapter_memory`)  --arrival-->  slot
+    disk  --reader thread-->  host memory, ready (`adapter_memory`)  --arrival-->  slot  --probes-->  open to requests
 
 `turns` decides who gets a slot; here it is done. What the thread that owns the bank does itself is to take a finished
-slot in or out: no matrix is copied by it, and no other slot is touched. Everything belongs to that thread.
+slot in or out: no matrix is copied by it, and no other slot is touched. Everything belongs to that thread. An adapter
+that has been read is asked its probes once, in its first slot, by whoever calls `to_check` and `judge`.
 This module knows no requests, only who waits for an adapter and who uses one.
 """
 
@@ -12,13 +13,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from tenon.adapters.bank import AdapterBank
 from tenon.adapters.peft_files import AdapterFiles
 from tenon.adapters.ready import Arrival, BankKind, Mover, ReadyAdapter, make_mover, make_ready
 from tenon.errors import AdapterError
+from tenon.registry.probes import Probes
 from tenon.serve.adapter_memory import AdapterMemory
 from tenon.serve.jobs import AdapterRef, AdapterState, AdapterTraffic
 from tenon.serve.turns import Decision, Need, Place, decide
@@ -28,6 +30,12 @@ class ReadFiles(Protocol):
     """Reads and checks the files of an adapter; called by another thread. Raises AdapterError."""
 
     def __call__(self, adapter: AdapterRef, /) -> AdapterFiles: ...
+
+
+class ReadProbes(Protocol):
+    """What an adapter said when it was trained, if that is known; called by another thread. Raises AdapterError."""
+
+    def __call__(self, adapter: AdapterRef, /) -> Probes | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +48,54 @@ class Bounds:
 
 
 @dataclass(frozen=True, slots=True)
+class ToCheck:
+    """An adapter in its slot that is to be asked its probes."""
+
+    adapter: AdapterRef
+    slot: int
+    probes: Probes
+
+
+@dataclass(slots=True)
+class _Kept:
+    """An adapter in host memory. probes: what it is still to be asked."""
+
+    adapter: AdapterRef
+    ready: ReadyAdapter
+    probes: Probes | None
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes, without the little that probes take."""
+        return self.ready.size_bytes
+
+
+@dataclass(frozen=True, slots=True)
 class _Held:
-    """An adapter with a place. number: its slot, None while it is on its way. ready: its copy in host memory, where
-    that is the slot itself.
+    """An adapter with a place. number: its slot, None while it is on its way. kept: its copy in host memory, where
+    that is the slot itself. unchecked: the same while it has still to be asked its probes; since: when that began.
     """
 
     place: Place
     arrival: Arrival | None
     number: int | None = None
-    ready: ReadyAdapter | None = None
+    kept: _Kept | None = None
+    unchecked: _Kept | None = None
+    since: float = 0.0
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is in its slot and has said what it is to say."""
+        return self.number is not None and self.unchecked is None
 
 
 @dataclass(slots=True)
 class _Counts:
     loads: int = 0
     evictions: int = 0
+    checks: int = 0
+    check_seconds: float = 0.0
+    check_refusals: int = 0
     found: dict[AdapterState, int] = field(default_factory=dict)
 
 
@@ -67,25 +108,29 @@ class Residency:
         *,
         bounds: Bounds,
         read: ReadFiles,
+        read_probes: ReadProbes | None = None,
         on_read: Callable[[], None],
         clock: Callable[[], float],
         reader: Executor | None = None,
         mover: Mover | None = None,
     ) -> None:
-        """on_read: called by another thread, when something has been read or refused: `arrange` again then.
-        reader: of one thread. mover: by default the one that the bank's device wants.
+        """read_probes: without it nothing is asked. on_read: called by another thread, when something has been read or
+        refused: `arrange` again then. reader: of one thread. mover: by default the one that the bank's device wants.
         """
         self._bank, self._bounds, self._clock = bank, bounds, clock
         self._kind = BankKind(bank.facts, bank.dtype, bank.device)
         self._mover = mover or make_mover(self._kind)
-        self._memory: AdapterMemory[ReadyAdapter] = AdapterMemory(
-            lambda adapter: make_ready(adapter.label, read(adapter), self._kind),
+        self._read, self._read_probes = read, read_probes
+        self._memory: AdapterMemory[_Kept] = AdapterMemory(
+            self._make_kept,
             most_bytes=bounds.memory_bytes,
             reader=reader or ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapters"),
             on_read=on_read,
             clock=clock,
         )
         self._held: dict[str, _Held] = {}
+        self._to_check: list[ToCheck] = []
+        self._refused: dict[str, AdapterError] = {}  # by their probes, since `arrange` said so last
         self._turn = itertools.count()
         self._next_number = 0
         self._counts = _Counts()
@@ -102,8 +147,9 @@ class Residency:
         """
         self._next_number = next_number
         self._settle()
-        missing = [need for need in needs if need.adapter.key not in self._held]
-        refused = self._memory.want([need.adapter for need in missing])
+        refused, self._refused = self._refused, {}
+        missing = [need for need in needs if need.adapter.key not in self._held and need.adapter.key not in refused]
+        refused |= self._memory.want([need.adapter for need in missing])
         needs = [need for need in needs if need.adapter.key not in refused]
         decision = decide(
             needs,
@@ -116,10 +162,32 @@ class Residency:
         self._carry_out(decision)
         return refused
 
+    def to_check(self) -> list[ToCheck]:
+        """Adapters that came into a slot and are to be asked their probes: each is told once, and waits for `judge`."""
+        found, self._to_check = self._to_check, []
+        return found
+
+    def judge(self, key: str, error: AdapterError | None) -> None:
+        """An adapter has been asked its probes: let requests use it, or throw it out. `arrange` then tells why."""
+        held = self._held[key]
+        assert held.unchecked is not None
+        self._counts.checks += 1
+        self._counts.check_seconds += self._clock() - held.since
+        if error is None:
+            held.unchecked.probes = None
+            self._held[key] = replace(held, unchecked=None)
+            self._open(held.place)
+        else:
+            self._counts.check_refusals += 1
+            self._refused[key] = error
+            self._evict(key)
+            self._memory.drop(key)
+        self._tell_resident()
+
     def admits(self, key: str, number: int) -> bool:
         """Whether a sequence may be let in now: its adapter has a slot that is not closed to it."""
         held = self._held.get(key)
-        return held is not None and held.number is not None and held.place.admits(number)
+        return held is not None and held.usable and held.place.admits(number)
 
     def take(self, key: str) -> int:
         """The slot of an adapter that `admits`; kept until `release`."""
@@ -141,7 +209,7 @@ class Residency:
         """Where an adapter is nearest to hand."""
         held = self._held.get(key)
         if held is not None:
-            return "loading" if held.number is None else "resident"
+            return "resident" if held.usable else "loading"
         if key in self._memory.kept:
             return "in memory"
         return "loading" if key in self._memory.reading else "on disk"
@@ -167,6 +235,9 @@ class Residency:
             read_seconds=memory.read_seconds,
             loads=self._counts.loads,
             evictions=self._counts.evictions,
+            checks=self._counts.checks,
+            check_seconds=self._counts.check_seconds,
+            check_refusals=self._counts.check_refusals,
             dropped=memory.dropped,
             memory_bytes=memory.size_bytes,
         )
@@ -192,23 +263,44 @@ class Residency:
     def _give(self, key: str) -> None:
         """Begin to bring an adapter that is in memory into a slot."""
         in_place = self._mover.in_place
-        ready = self._memory.take(key) if in_place else self._memory.find(key)
-        assert ready is not None
+        kept = self._memory.take(key) if in_place else self._memory.find(key)
+        assert kept is not None
         self._memory.touch(key)
         turn = next(self._turn)
         place = Place(users=0, used=turn, since=turn, fixed=True)
-        self._held[key] = _Held(place, self._mover.start(ready), ready=ready if in_place else None)
+        self._held[key] = _Held(
+            place,
+            self._mover.start(kept.ready),
+            kept=kept if in_place else None,
+            unchecked=None if kept.probes is None else kept,
+        )
 
     def _settle(self) -> None:
         """Take in the slots that have arrived."""
         for key, held in self._held.items():
             if held.arrival is not None and held.arrival.done:
                 number = self._bank.attach(held.arrival.slot())
-                held.place.fixed, held.place.open_since = False, self._clock()
-                held.place.promised_to = self._next_number
-                self._held[key] = _Held(held.place, None, number, held.ready)
+                self._held[key] = replace(held, arrival=None, number=number, since=self._clock())
                 self._counts.loads += 1
-        self.resident = frozenset(key for key, held in self._held.items() if held.number is not None)
+                if held.unchecked is None:
+                    self._open(held.place)
+                else:
+                    assert held.unchecked.probes is not None
+                    self._to_check.append(ToCheck(held.unchecked.adapter, number, held.unchecked.probes))
+        self._tell_resident()
+
+    def _open(self, place: Place) -> None:
+        """Let those in who wait."""
+        place.fixed, place.open_since, place.promised_to = False, self._clock(), self._next_number
+
+    def _tell_resident(self) -> None:
+        self.resident = frozenset(key for key, held in self._held.items() if held.usable)
+
+    def _make_kept(self, adapter: AdapterRef) -> _Kept:
+        """Read an adapter; by the reader's thread."""
+        ready = make_ready(adapter.label, self._read(adapter), self._kind)
+        probes = None if self._read_probes is None else self._read_probes(adapter)
+        return _Kept(adapter, ready, probes if probes is not None and probes.probes else None)
 
     def _evict(self, key: str) -> None:
         """Take an adapter out of the bank; what is in host memory stays there as long as there is room."""
@@ -216,5 +308,5 @@ class Residency:
         assert held.number is not None and held.place.users == 0
         self._bank.remove(held.number)
         self._counts.evictions += 1
-        if held.ready is not None:
-            self._memory.keep(key, held.ready)
+        if held.kept is not None:
+            self._memory.keep(key, held.kept)
