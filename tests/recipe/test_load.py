@@ -36,7 +36,8 @@ def test_ten_lines_do() -> None:
 
 
 def test_number_of_fields_stays_small() -> None:
-    assert 55 <= len(leaf_fields()) <= 70
+    # Ten of them say how the adapter is asked once it is served.
+    assert 55 <= len(leaf_fields()) <= 80
 
 
 def test_every_field_is_described() -> None:
