@@ -18,7 +18,7 @@ from tenon.registry.probes import Probe, Probes
 _WORST = 1e-3
 # Else the mean over all tokens of how far they lie apart. docs/adapters.md says what these were taken from.
 _MEAN_OF_PRECISION: dict[Precision, float] = {"fp32": 0.0, "fp16": 0.02, "bf16": 0.1}
-_MEAN_OF_FORMAT: dict[BaseFormat, float] = {"dense": 0.0, "int8": 0.15, "fp8": 0.25, "nf4": 0.5}
+_MEAN_OF_FORMAT: dict[BaseFormat, float] = {"dense": 0.0, "int8": 0.15, "fp8": 0.5, "nf4": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
