@@ -61,12 +61,21 @@ def main() -> None:
             tenon_server(BASE, settings, cores=cores, options=(*options, str(SLOTS))) as few,
             tenon_server(BASE, settings, cores=cores, options=(*options, str(ADAPTERS))) as all_of_them,
         ):
+            warm((few, all_of_them), made)
+            before = read_metrics(few)
             found = measure((few, all_of_them), made, rate=a.rate, seconds=a.seconds, rounds=a.rounds)
-            rows = summary(found[few], found[all_of_them], read_metrics(few), rate=a.rate)
+            rows = summary(found[few], found[all_of_them], before, read_metrics(few), rate=a.rate)
     for row in rows:
         print(f"{row.what}: {row.value:.4g} {row.unit}" + (f" ({row.bound}: {row.met})" if row.bound else ""))
     if not a.dry:
         print(write("serve_zipf", rows))
+
+
+def warm(urls: Sequence[str], made: Sequence[Made]) -> None:
+    """Have every adapter asked once."""
+    for url in urls:
+        asyncio.run(_ask_each(url, [Wanted(one.entry.label, "warm", 1) for one in made]))
+        print(f"{url} is warm: {read_metrics(url)['tenon_adapters_resident']:.0f} adapters in slots", flush=True)
 
 
 def measure(
@@ -75,9 +84,6 @@ def measure(
     """The answers of each server, those of all rounds together."""
     texts = read_texts(fewest_words=WORDS[0], most_words=WORDS[1])
     found: dict[str, list[Answer]] = {url: [] for url in urls}
-    for url in urls:
-        asyncio.run(_ask_each(url, [Wanted(one.entry.label, "warm", 1) for one in made]))
-        print(f"{url} is warm: {read_metrics(url)['tenon_adapters_resident']:.0f} adapters in slots", flush=True)
     for turn in range(rounds):
         wanted = list(arrivals(made, texts, rate=rate, seconds=seconds, seed=turn))
         for url in urls[:: -1 if turn % 2 else 1]:
@@ -126,8 +132,16 @@ async def _open_loop(url: str, wanted: Sequence[tuple[float, Wanted]]) -> list[A
         return await asyncio.gather(*(at_its_time(at, one) for at, one in wanted))
 
 
-def summary(few: Sequence[Answer], resident: Sequence[Answer], told: dict[str, float], *, rate: float) -> list[Row]:
-    """Both sides, and the longest wait for a slot. told: the metrics of the server with few slots.
+def summary(
+    few: Sequence[Answer],
+    resident: Sequence[Answer],
+    before: dict[str, float],
+    told: dict[str, float],
+    *,
+    rate: float,
+) -> list[Row]:
+    """Both sides, and the longest wait for a slot. before, told: the metrics of the server with few slots, before the
+    load and after it.
 
     The bound is that of `serve.turns` as it is where nobody else waits (p = 1), which is when it is smallest: T is the
     longest answer of the server whose adapters are all resident, L what reading an adapter takes in the mean.
@@ -135,10 +149,10 @@ def summary(few: Sequence[Answer], resident: Sequence[Answer], told: dict[str, f
     rows = [
         Row("requests to each server", len(few), "requests"),
         Row("rate", rate, "requests/s"),
-        Row("sequences whose adapter was in a slot", told['tenon_adapter_sequences_total{tier="slot"}'], "sequences"),
-        Row("sequences whose adapter was in memory", told['tenon_adapter_sequences_total{tier="memory"}'], "sequences"),
-        Row("sequences whose adapter was on disk", told['tenon_adapter_sequences_total{tier="disk"}'], "sequences"),
     ]
+    for tier, where in (("slot", "in a slot"), ("memory", "in memory"), ("disk", "on disk")):
+        series = f'tenon_adapter_sequences_total{{tier="{tier}"}}'
+        rows.append(Row(f"sequences whose adapter was {where}", told[series] - before[series], "sequences"))
     for name, answers in ((f"{SLOTS} slots", few), (f"{ADAPTERS} slots", resident)):
         for percent in (50, 95):
             rows.append(Row(f"time to first token, p{percent}, {name}", _first(answers, percent), "s"))
