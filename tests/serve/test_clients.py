@@ -14,8 +14,8 @@ from benchmarks.report import REPOSITORY
 from tenon.serve.access import Access
 from tenon.tenants.keys import KeyStore, Limits
 from tenon.tenants.usage import UsageBook
+from tests.serve.damages import DAMAGES
 from tests.serve.house import House, Running, serving, wait_until
-from tests.serve.test_faults import damage
 
 SCRIPT = Path(__file__).parent / "clients" / "talk_openai.py"
 # Major version -> the interpreter that has it; benchmarks/prepare_clients.sh makes them. The last is the suite's own.
@@ -29,7 +29,7 @@ CLIENTS = {
 @pytest.fixture(scope="module")
 def keyed(house: House, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, list[str], UsageBook]]:
     folder = tmp_path_factory.mktemp("clients")
-    damage("truncated", house, house.register("broken", rank=2, seed=90))
+    DAMAGES["truncated"](house.registry.folder(house.register("broken", rank=2, seed=90)))
     store, book = KeyStore(folder / "keys.json"), UsageBook(folder / "usage.db")
     keys = [store.create("all")[0], store.create("narrow", rights=("low",))[0]]
     keys.append(store.create("poor", limits=Limits(tokens_per_month=1))[0])
