@@ -30,7 +30,7 @@ def test_result_files_have_the_agreed_form() -> None:
         common = {"name", "device", "date", "commit", "versions", "rows"}
         assert set(tree) >= common, path.name
         # Those of GPUs, which are measured over several calls, keep every repetition beside the rows.
-        assert set(tree) == common or path.name.startswith("gpu_"), path.name
+        assert set(tree) == common or path.name.startswith(("gpu_", "serve_gpu")), path.name
         assert tree["name"] == path.stem
         for row in tree["rows"]:
             assert set(row) == {"what", "value", "unit", "bound", "met"}, path.name

@@ -193,7 +193,7 @@ def test_several_engines_behind_one_front(house: House) -> None:
 
 def test_engines_that_cannot_start_say_why(house: House) -> None:
     with (
-        pytest.raises(AssertionError, match=r"error\[plan-cache\].*--cache"),
+        pytest.raises(AssertionError, match=r"(?s)error\[plan-cache\].*--cache"),
         command(house, "base", "--replicas", "2", "--cache", "1kB"),
     ):
         pass
