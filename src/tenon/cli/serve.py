@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tenon.cli.live import View
+    from tenon.plan.requests import ServeRequest
     from tenon.processes import Event
 
 
@@ -112,25 +113,18 @@ def serve(
     too. SIGTERM and Ctrl-C take nothing new and let what runs finish; a second Ctrl-C ends at once. SIGUSR1 replaces
     the replicas by new ones, one after the other.
     """
-    from tenon.cli.live import make_view
     from tenon.plan.replicas import plan_replicas
     from tenon.plan.requests import ServeRequest
     from tenon.service.environment import require_tracing
     from tenon.service.foreign import find_vllm
-    from tenon.service.serving import Serving, open_base, public_name, stopped_by_signals
+    from tenon.service.serving import open_base, public_name
 
     session = session_of(ctx)
     cache_bytes, adapter_bytes = _parse_size(cache, "--cache"), _parse_size(adapter_memory, "--adapter-memory")
+    _require_own_options(engine_name, engine_python, engine_options, replicas)
     foreign = None
     if engine_name is EngineName.vllm:
         foreign = find_vllm(engine_python, engine_options, session.settings)
-    elif engine_python is not None or engine_options:
-        raise typer.BadParameter(
-            "is for another engine: add --engine vllm", param_hint="--engine-python, --engine-options"
-        )
-    if foreign is not None and replicas != "1":
-        text = "are of Tenon's own engine: for vLLM type --engine-options '--data-parallel-size 2'"
-        raise typer.BadParameter(text, param_hint="--replicas")
     if trace:
         require_tracing()
     engine = open_base(spec, session.settings)
@@ -166,6 +160,25 @@ def serve(
     if host not in _LOOPBACK and not session.settings.keys.is_file():
         text = f"whoever reaches {host} can use this server: no key is asked for; make one: tenon keys create TENANT"
         session.err.print(text, style="yellow")
+    _listen(session, request, as_json=as_json)
+
+
+def _require_own_options(engine: EngineName, python: Path | None, options: str, replicas: str) -> None:
+    """Refuse options that are another engine's. Raises BadParameter."""
+    if engine is not EngineName.vllm and (python is not None or options):
+        raise typer.BadParameter(
+            "is for another engine: add --engine vllm", param_hint="--engine-python, --engine-options"
+        )
+    if engine is EngineName.vllm and replicas != "1":
+        text = "are of Tenon's own engine: for vLLM type --engine-options '--data-parallel-size 2'"
+        raise typer.BadParameter(text, param_hint="--replicas")
+
+
+def _listen(session: Session, request: ServeRequest, *, as_json: bool) -> None:
+    """Start the server, say where it is, and tell what it tells until it has ended."""
+    from tenon.cli.live import make_view
+    from tenon.service.serving import Serving, stopped_by_signals
+
     serving = Serving(request, session.settings)
 
     def on_stop(first: bool) -> None:

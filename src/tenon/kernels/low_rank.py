@@ -170,6 +170,11 @@ class LowRank:
         return long and bool(self.parts)
 
     @property
+    def tiles_alone(self) -> bool:
+        """Whether all that is told of a pass are its tiles: a prompt that is replayed."""
+        return self.routes is not None and self.few is None and not self.parts
+
+    @property
     def few(self) -> FewTokens | None:
         """The routes of a pass whose tokens kernels take one by one."""
         return None if self.routes is None else self.routes.few

@@ -171,8 +171,8 @@ def add_norm(
     """See `rms_norm.add_norm`; n is written into n_TD."""
     if update is not None:
         settle_if_long(update)
-        if update.addend is not None and not update.addend.low.parts and update.addend.low.few is None:
-            # Nothing is recorded: two passes are faster than one whose programs are as few as the tiles.
+        if update.addend is not None and update.addend.low.tiles_alone:
+            # Two passes are faster than one whose programs are as few as the tiles of a short prompt.
             update.settled()
         added = None if update.addend is None else update.addend.low
     if _by_rows(x_TD.shape[1], added):
