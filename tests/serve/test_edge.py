@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
 import socket
@@ -218,10 +219,16 @@ def test_a_request_has_the_name_that_it_brings_if_that_is_a_plain_one(
 )
 def test_a_body_with_very_many_faults_costs_little(strict: Running, data: bytes) -> None:
     route = "/v1/chat/completions" if b"messages" in data or b"metadata" in data else "/v1/completions"
-    cpu_seconds = time.process_time()
-    status, body = strict.ask(route, data)
+    gc.collect()
+    gc.freeze()  # as in a server: what hundreds of tests left in this process is not for the body to be searched with
+    try:
+        cpu_seconds = time.process_time()
+        status, body = strict.ask(route, data)
+        cpu_seconds = time.process_time() - cpu_seconds
+    finally:
+        gc.unfreeze()
     assert status == 400 and len(json.dumps(body)) < 5000
-    assert time.process_time() - cpu_seconds < 2.0, "of four megabytes"
+    assert cpu_seconds < 2.0, "of four megabytes"
 
 
 @pytest.mark.parametrize("depth", [50, 900, 20_000])

@@ -1,11 +1,13 @@
 """The next token from its scores: greedy, or drawn from what temperature, top-k, top-p and min-p leave.
 
 A draw uses one uniform number, made by counter from the request's (seed, position): the same request gives the same
-tokens alone, in any batch, and after a restart. It walks the tokens from the likeliest down, of equal ones the lowest
-id first. Sorting a whole vocabulary for that costs more than a small model's pass, so the likeliest tokens are looked
-at first, and all of them only for a row whose draw they do not settle.
+tokens alone, in any batch, and after a restart. It walks what the limits leave in the order of the ids: scores differ
+in their last bits with a batch's shape, and among the many nearly equal ones of a tail the order of likelihood would
+differ with them, and the draw. Limits need the likeliest tokens in order; sorting a whole vocabulary for that costs
+more than a small model's pass, so a few are looked at first, and more only for a row whose limits they do not settle.
 
-Shape legend: S scored positions, R of them that are drawn, V vocabulary, C candidates. This module knows no cache.
+Shape legend: S scored positions, R of them that are drawn, V vocabulary, C candidates, B blocks of E ids each. This
+module knows no cache.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ _MASK64 = (1 << 64) - 1
 _CANDIDATES = {"cpu": (128, 4096), "cuda": (1024, 16_384)}
 # Temperatures below are greedy: fp32 divides by no less.
 _LEAST_TEMPERATURE = 1e-30
+# Ids of a block: the walk finds the block first, then the id. About the square root of a vocabulary.
+_BLOCK_IDS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +76,19 @@ def sample(logits_SV: Tensor, draws: Sequence[Draw]) -> Chosen:
     ids_S = logits_SV.argmax(dim=-1)  # torch takes the first of equal ones: the lowest id
     settled_S = torch.ones_like(ids_S, dtype=torch.bool)
     drawn = [s for s, draw in enumerate(draws) if draw.drawn and draw.request.temperature > 0.0]
-    if drawn:
-        rows_R, rules = _rules(drawn, draws, logits_SV.device)
+    limited = [s for s in drawn if _has_limits(draws[s].request, logits_SV.shape[1])]
+    free = sorted(set(drawn).difference(limited))
+    if free:
+        rows_R, rules = _rules(free, draws, logits_SV.device)
+        ids_S[rows_R] = _draw_freely(logits_SV[rows_R], rules)
+    if limited:
+        rows_R, rules = _rules(limited, draws, logits_SV.device)
         ids_S[rows_R], settled_S[rows_R] = _draw(logits_SV[rows_R], rules, _candidates(logits_SV)[0])
     return Chosen(ids_S, settled_S)
+
+
+def _has_limits(request: Request, vocabulary: int) -> bool:
+    return request.top_p < 1.0 or request.min_p > 0.0 or 0 < request.top_k < vocabulary
 
 
 def sample_rest(logits_SV: Tensor, draws: Sequence[Draw], rest: Sequence[int]) -> Tensor:
@@ -115,6 +128,32 @@ def _rules(rows: Sequence[int], draws: Sequence[Draw], device: torch.device) -> 
     return rows_R, _Rules(temperature, top_p, top_k_R[:, None], min_p, drawn)
 
 
+def _draw_freely(logits_RV: Tensor, rules: _Rules) -> Tensor:
+    """ids_R from the whole vocabulary: no limits, so nothing is sorted."""
+    weights_RV = _weights(logits_RV, logits_RV.amax(dim=1, keepdim=True), rules)
+    padding = -weights_RV.shape[1] % _BLOCK_IDS
+    weights_RBE = torch.nn.functional.pad(weights_RV, (0, padding)).unflatten(1, (-1, _BLOCK_IDS))
+    edges_RB = weights_RBE.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
+    point_R1 = rules.uniform_R1 * edges_RB[:, -1:]
+    block_R1 = _walk(edges_RB, point_R1)
+    before_R1 = torch.where(block_R1 > 0, edges_RB.gather(1, (block_R1 - 1).clamp(min=0)), 0.0)
+    weights_RE = weights_RBE.gather(1, block_R1[:, :, None].expand(-1, -1, _BLOCK_IDS))[:, 0]
+    edges_RE = weights_RE.cumsum(dim=1, dtype=torch.float64)
+    ids_R = (block_R1 * _BLOCK_IDS + _walk(edges_RE, point_R1 - before_R1))[:, 0]
+    return ids_R.clamp(max=logits_RV.shape[1] - 1)
+
+
+def _walk(edges_RN: Tensor, point_R1: Tensor) -> Tensor:
+    """(R, 1): the first whose upper edge lies beyond the point, and never one without a share of its own."""
+    last_R1 = (edges_RN < edges_RN[:, -1:]).sum(dim=1, keepdim=True)  # where rounding takes the point to the very end
+    return torch.minimum((edges_RN <= point_R1).sum(dim=1, keepdim=True), last_R1)
+
+
+def _weights(logits_RV: Tensor, highest_R1: Tensor, rules: _Rules) -> Tensor:
+    """(R, V) in fp32: what is proportional to each token's probability, and at most 1."""
+    return (logits_RV - highest_R1).div_(rules.temperature_R1.clamp(min=_LEAST_TEMPERATURE).float()).exp_()
+
+
 def _draw(logits_RV: Tensor, rules: _Rules, candidates: int) -> tuple[Tensor, Tensor]:
     """(ids_R, settled_R) from the likeliest so many tokens, added up in float64 as the tail of a vocabulary needs it.
 
@@ -122,13 +161,12 @@ def _draw(logits_RV: Tensor, rules: _Rules, candidates: int) -> tuple[Tensor, Te
     """
     vocabulary = logits_RV.shape[1]
     ids_RC, logits_RC, certain_R1 = _likeliest(logits_RV, candidates)
-    highest_R1 = logits_RC[:, :1].double()
-    weights_RC = ((logits_RC.double() - highest_R1) / rules.temperature_R1).exp()  # at most 1: no overflow
+    highest_R1 = logits_RC[:, :1]
+    weights_RC = ((logits_RC.double() - highest_R1.double()) / rules.temperature_R1).exp()  # at most 1: no overflow
     top_k_R1 = torch.where((rules.top_k_R1 > 0) & (rules.top_k_R1 < vocabulary), rules.top_k_R1, vocabulary)
     at_C = torch.arange(candidates, device=ids_RC.device)
     inside_RC = at_C < torch.minimum(top_k_R1, certain_R1)
-    least_R1 = rules.temperature_R1.clamp(min=_LEAST_TEMPERATURE).float()
-    all_R1 = (logits_RV - logits_RC[:, :1]).div_(least_R1).exp_().sum(dim=1, keepdim=True, dtype=torch.float64)
+    all_R1 = _weights(logits_RV, highest_R1, rules).sum(dim=1, keepdim=True, dtype=torch.float64)
     some_R1 = (weights_RC * inside_RC).sum(dim=1, keepdim=True)
     # What top-k leaves is among the candidates, or all that a grammar does: the last of them is impossible.
     limited_R1 = (top_k_R1 <= certain_R1) | (logits_RC[:, -1:] == float("-inf"))
@@ -136,16 +174,13 @@ def _draw(logits_RV: Tensor, rules: _Rules, candidates: int) -> tuple[Tensor, Te
     before_RC = probabilities_RC.cumsum(dim=1) - probabilities_RC
     kept_RC = inside_RC & (before_RC < rules.top_p_R1) & (probabilities_RC >= rules.min_p_R1 * probabilities_RC[:, :1])
     kept_RC[:, 0] = True
-    edges_RC = (probabilities_RC * kept_RC).cumsum(dim=1)
+    # Closed: the last token that the limits leave is among the candidates.
     count_R1 = kept_RC.sum(dim=1, keepdim=True)
-    # Closed: the last token that the limits leave is among the candidates. Without limits the mass is known anyway.
-    unlimited_R1 = top_k_R1 == vocabulary
-    closed_R1 = limited_R1 | (unlimited_R1 & (count_R1 < certain_R1))
-    free_R1 = unlimited_R1 & (rules.top_p_R1 == 1.0) & (rules.min_p_R1 == 0.0)
-    point_R1 = rules.uniform_R1 * torch.where(closed_R1, edges_RC[:, -1:], 1.0)
-    settled_R1 = (certain_R1 > 0) & (closed_R1 | (free_R1 & (point_R1 < edges_RC[:, -1:])))
-    index_R1 = torch.minimum((edges_RC <= point_R1).sum(dim=1, keepdim=True), count_R1 - 1)
-    return ids_RC.gather(1, index_R1)[:, 0], settled_R1[:, 0]
+    closed_R1 = limited_R1 | ((top_k_R1 == vocabulary) & (count_R1 < certain_R1))
+    ids_RC, order_RC = ids_RC.sort(dim=1)
+    edges_RC = (probabilities_RC * kept_RC).gather(1, order_RC).cumsum(dim=1)
+    index_R1 = _walk(edges_RC, rules.uniform_R1 * edges_RC[:, -1:])
+    return ids_RC.gather(1, index_R1)[:, 0], (closed_R1 & (certain_R1 > 0))[:, 0]
 
 
 def _likeliest(logits_RV: Tensor, candidates: int) -> tuple[Tensor, Tensor, Tensor]:

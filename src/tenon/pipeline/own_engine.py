@@ -13,6 +13,7 @@ from tenon.errors import PlanError
 from tenon.infer.generate import place_bytes
 from tenon.models.cache import BLOCK_TOKENS
 from tenon.models.decoder import Decoder
+from tenon.pipeline.heap import settle_heap
 from tenon.pipeline.slot_data import Emit
 from tenon.pipeline.talking import open_engine
 from tenon.plan.requests import EngineRequest, ServeRequest
@@ -68,6 +69,7 @@ def run_engine(request: EngineRequest, lines: Iterator[str], emit: Emit, setting
         on_start=process.on_start,
         on_turn=process.on_turn,
     )
+    settle_heap()
     emit("ready")
     process.run(engine, lines)
 

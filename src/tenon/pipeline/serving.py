@@ -13,6 +13,7 @@ from importlib import metadata
 from types import FrameType
 
 from tenon.data.render import Renderer
+from tenon.pipeline.heap import settle_heap
 from tenon.pipeline.slot_data import Emit
 from tenon.pipeline.watching import Watch, open_watch
 from tenon.plan.requests import ServeRequest
@@ -59,6 +60,7 @@ def serve(request: ServeRequest, emit: Emit, settings: Settings) -> None:
             told = {"rows": limits.rows, "context_tokens": limits.context_tokens, "slots": limits.slots}
             replicas = 1 if request.replicas is None else request.replicas.least
             manage = None if managing is None else address(managing.listening)
+            settle_heap()
             emit("ready", url=address(listening), manage=manage, name=request.name, replicas=replicas, **told)
             server.work()
 
