@@ -30,7 +30,7 @@ from tenon.infer.requests import Completion, Request
 from tenon.models.decoder import Decoder
 from tenon.models.load import load_decoder
 from tenon.models.prepare import prepare_base
-from tenon.serve.engine_loop import EngineLoop
+from tenon.serve.engine.loop import EngineLoop
 from tenon.serve.jobs import AdapterRef, Ended, Event, Failed, Job, Limits, Mailbox
 from tenon.settings import read_settings
 from tests.parity.peft_answers import Answer, differing_tokens, peft_answers, worst_logprob

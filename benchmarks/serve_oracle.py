@@ -43,9 +43,9 @@ from tenon.infer.requests import Completion, Request
 from tenon.models.decoder import Decoder
 from tenon.models.load import load_decoder
 from tenon.models.prepare import prepare_base
-from tenon.serve.vllm_adapters import NOTHING, write_nothing
-from tenon.serve.vllm_process import BASE_NAME
-from tenon.serve.vllm_requests import Reading, completion_body
+from tenon.serve.vllm.adapters import NOTHING, write_nothing
+from tenon.serve.vllm.process import BASE_NAME
+from tenon.serve.vllm.requests import Reading, completion_body
 from tenon.service.bases import describe_base
 from tenon.settings import Settings, read_settings
 

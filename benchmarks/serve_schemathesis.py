@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.report import REPOSITORY, Row, at_most, write
-from tenon.serve.access import Access
+from tenon.serve.front.access import Access
 from tenon.tenants.keys import KeyStore
 from tenon.tenants.usage import UsageBook
 from tests.serve.house import House, make_house, serving

@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks.report import REPOSITORY
-from tenon.serve.vllm_process import BASE_NAME, Dtype, Launch, VllmProcess, rank_for
+from tenon.serve.vllm.process import BASE_NAME, Dtype, Launch, VllmProcess, rank_for
 from tenon.settings import foreign_environment
 
 PYTHON = REPOSITORY / ".venvs" / "vllm" / "bin" / "python"

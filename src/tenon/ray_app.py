@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from ray import serve  # pyright: ignore[reportMissingImports]
 
 from tenon.plan.requests import ServeRequest
+from tenon.plan.serving import Room, plan_cache, plan_context
 from tenon.registry.store import Registry
 from tenon.serve.run import Front
 from tenon.service.serving import open_base, public_name
@@ -85,20 +86,21 @@ def replica(args: Arguments) -> Asgi:
     from tenon.pipeline.own_engine import own_engine  # torch: for replicas alone
     from tenon.pipeline.serving import server_options
     from tenon.pipeline.watching import open_watch
-    from tenon.serve.access import Access
-    from tenon.serve.names import Names
+    from tenon.serve.front.access import Access
+    from tenon.serve.front.names import Names
     from tenon.tenants.keys import KeyStore
     from tenon.tenants.usage import UsageBook
 
     settings = read_settings()
     engine = open_base(args.base, settings)
+    room = Room(slots=args.slots, rows=args.rows, context_tokens=plan_context(engine, args.context))
     request = ServeRequest(
         engine=engine,
         name=public_name(engine.base),
         slots=args.slots,
         rows=args.rows,
-        context_tokens=args.context,
-        cache_bytes=parse_bytes(args.cache),
+        context_tokens=room.context_tokens,
+        cache_bytes=plan_cache(engine, [engine.machine], room, parse_bytes(args.cache)),
         queue=args.queue,
         drain_seconds=args.drain,
     )

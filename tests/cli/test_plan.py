@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from tenon.plan.values import Plan
-from tenon.recipe.schema import leaf_fields
+from tenon.recipe.fields import leaf_fields
 
 from .conftest import Command
 

@@ -33,3 +33,5 @@ def test_what_cannot_be_served_is_said(tenon: Command) -> None:
     assert "error[recipe-missing]" in tenon("serve", "nothing.yaml").err
     done = tenon("serve", "--cache", "much")
     assert done.status == 2 and "--cache" in done.err
+    done = tenon("serve", "--context", "100000")
+    assert "error[plan-context]" in done.err and "type --context 8192, or less" in done.err

@@ -16,7 +16,7 @@ from tenon.plan.size import DataSize, count_steps
 from tenon.plan.time import flops_per_token
 from tenon.plan.values import BatchPlan, Keeping, LimitsPlan, MachineFacts, Plan
 from tenon.recipe.defaults import DEFAULTS, DERIVED
-from tenon.recipe.schema import leaf_fields
+from tenon.recipe.fields import leaf_fields
 
 from .situations import CPU, GB, H100, LLAMA_8B, SIZE, SMALL, SMOLLM2_135M, T4, base_of, choice, load, plan_of
 

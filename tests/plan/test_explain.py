@@ -5,7 +5,7 @@ from __future__ import annotations
 from tenon.plan.combine import combine
 from tenon.plan.decide import decide
 from tenon.plan.explain import coverage, explain_rows, plan_rows
-from tenon.recipe.schema import leaf_fields
+from tenon.recipe.fields import leaf_fields
 
 from .situations import CPU, SIZE, SMALL, SMOLLM2_135M, base_of, load, plan_of
 

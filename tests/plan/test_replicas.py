@@ -8,16 +8,15 @@ from tenon.errors import PlanError, UsageError
 from tenon.plan.replicas import plan_replicas
 from tenon.plan.requests import Engine, Replicas
 from tenon.plan.values import MachineFacts
-from tests.plan.situations import CPU, GB, H100, LLAMA_8B, base_of
+from tests.plan.situations import CPU, GB, H100, base_of
 
 FOUR = H100.model_copy(update={"device_count": 4, "peers_memory_bytes": (80 * GB, 79 * GB, 40 * GB)})
 
 
-def plan(text: str, machine: MachineFacts, *, visible: str | None = None, cache: int = GB) -> Replicas | None:
+def plan(text: str, machine: MachineFacts, *, visible: str | None = None) -> Replicas | None:
     return plan_replicas(
         text,
         Engine(base=base_of(), machine=machine),
-        cache_bytes=cache,
         visible_devices=visible,
         queue_delay_seconds=0.5,
         silence_seconds=9.0,
@@ -65,9 +64,3 @@ def test_more_than_there_is_room_for_is_refused_with_what_to_type() -> None:
     assert error.value.code == "plan-replicas" and "--replicas 4" in error.value.hint
     with pytest.raises(PlanError, match="a thread each"):
         plan("1-3", CPU)
-    with pytest.raises(PlanError, match="are free") as error:
-        plan("2", CPU, cache=8 * GB)
-    assert "--cache" in error.value.hint
-    large = Engine(base=base_of(LLAMA_8B), machine=CPU)
-    with pytest.raises(PlanError, match="are free"):
-        plan_replicas("2", large, cache_bytes=GB, visible_devices=None, queue_delay_seconds=1.0, silence_seconds=1.0)

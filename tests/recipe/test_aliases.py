@@ -8,8 +8,8 @@ import pytest
 
 from tenon.errors import RecipeError
 from tenon.recipe.aliases import ALIASES, ALWAYS, DIFFERENT, PAIRED, Alias
+from tenon.recipe.fields import leaf_fields, section_names
 from tenon.recipe.load import Loaded, parse_recipe
-from tenon.recipe.schema import leaf_fields, section_names
 
 SMALL = "base: b\ndata: {train: rows.jsonl}\n"
 

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tenon.errors import RecipeError
+from tenon.recipe.fields import full_key, leaf_fields
 from tenon.recipe.load import Loaded, load_recipe, parse_recipe
-from tenon.recipe.schema import Recipe, full_key, leaf_fields
+from tenon.recipe.schema import Recipe
 from tenon.recipe.written import read_override
 
 SMALL = "base: smollm2-135m\ndata:\n  train: rows.jsonl\n"

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
+from tenon.recipe.fields import leaf_fields
 from tenon.recipe.load import parse_recipe
 from tenon.recipe.reference import recipe_reference
-from tenon.recipe.schema import leaf_fields
 from tests.conftest import REPOSITORY
 
 CODE = re.compile(r'"((?:recipe|plan)-[a-z0-9-]+)"')

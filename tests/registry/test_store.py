@@ -12,7 +12,8 @@ import pytest
 
 from tenon.errors import AdapterError
 from tenon.registry.entry import Entry, check_base
-from tenon.registry.store import ENTRY_NAME, PEFT_FILES, Registry
+from tenon.registry.entry_files import ENTRY_NAME, PEFT_FILES
+from tenon.registry.store import Registry
 from tenon.runs.results import Metric
 from tests.conftest import REPOSITORY
 from tests.registry.samples import DRAFT, tensors, write_adapter

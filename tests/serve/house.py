@@ -27,11 +27,11 @@ from tenon.pipeline.engine import load_workbench
 from tenon.plan.values import BasePlan
 from tenon.registry.entry import Entry, EntryDraft
 from tenon.registry.store import Registry
-from tenon.serve.access import Access
-from tenon.serve.adapter_files import AdapterReader
-from tenon.serve.engine_loop import EngineLoop
+from tenon.serve.engine.adapter_files import AdapterReader
+from tenon.serve.engine.loop import EngineLoop
+from tenon.serve.front.access import Access
+from tenon.serve.front.names import Names
 from tenon.serve.jobs import Deliver, Limits
-from tenon.serve.names import Names
 from tenon.serve.run import Managing, Options, Server, address, listen
 from tenon.service.bases import describe_base
 from tests.journeys.world import World, make_world

@@ -10,7 +10,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from tenon.serve.access import Access
+from tenon.serve.front.access import Access
 from tenon.tenants.keys import KeyStore, Limits
 from tenon.tenants.usage import UsageBook, Used
 from tests.serve.house import House, Running, serving, wait_until

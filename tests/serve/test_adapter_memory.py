@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tenon.errors import AdapterError
-from tenon.serve.adapter_memory import AdapterMemory
+from tenon.serve.engine.adapter_memory import AdapterMemory
 from tenon.serve.jobs import AdapterRef
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.report import REPOSITORY
-from tenon.serve.access import Access
+from tenon.serve.front.access import Access
 from tenon.tenants.keys import KeyStore, Limits
 from tenon.tenants.usage import UsageBook
 from tests.serve.damages import DAMAGES

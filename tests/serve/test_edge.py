@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tenon.serve.connections import Bounds
+from tenon.serve.http.connections import Bounds
 from tests.serve.house import LONG, House, Running, serving, wait_until
 
 SHORT = Bounds(header_seconds=0.5, body_seconds=0.7, stalled_seconds=1.0, linger_seconds=0.5)

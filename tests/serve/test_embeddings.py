@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tenon.data.rows import Completion
-from tenon.serve.access import Access
+from tenon.serve.front.access import Access
 from tenon.tenants.keys import KeyStore
 from tenon.tenants.usage import UsageBook
 from tests.serve.house import CONTEXT, House, Running, read_stream, serving, wait_until

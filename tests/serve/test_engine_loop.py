@@ -13,7 +13,7 @@ from tenon.adapters.bank import AdapterBank
 from tenon.adapters.peft_files import AdapterFiles, read_adapter
 from tenon.errors import AdapterError
 from tenon.infer.requests import Request, Token
-from tenon.serve.engine_loop import EngineLoop
+from tenon.serve.engine.loop import EngineLoop
 from tenon.serve.jobs import AdapterRef, Ended, Event, Failed, Job, Limits, Mailbox
 from tests.serve.house import House, wait_until
 from tests.tiny import CPU

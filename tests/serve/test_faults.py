@@ -13,7 +13,7 @@ from openai import OpenAI
 from safetensors.numpy import load_file, save_file
 
 from tenon.errors import AdapterError
-from tenon.serve.adapter_files import AdapterReader
+from tenon.serve.engine.adapter_files import AdapterReader
 from tenon.serve.jobs import AdapterRef
 from tests.serve.damages import DAMAGES, rehash
 from tests.serve.house import CONTEXT, House, Running, read_stream, serving, wait_until

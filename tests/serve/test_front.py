@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-_FRONT = ("tenon.serve.run", "tenon.serve.pool", "tenon.pipeline.serving", "tenon.pipeline.replicas")
+_FRONT = ("tenon.serve.run", "tenon.serve.pool.pool", "tenon.pipeline.serving", "tenon.pipeline.replicas")
 
 
 def test_the_front_never_imports_torch() -> None:

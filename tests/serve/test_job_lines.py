@@ -10,7 +10,8 @@ import pytest
 
 from tenon.errors import AdapterError
 from tenon.infer.requests import Completion, Request, Token
-from tenon.serve.job_lines import (
+from tenon.serve.jobs import AdapterRef, Ended, Failed, Load, Waits
+from tenon.serve.pool.job_lines import (
     AskedCancel,
     AskedJob,
     Pass,
@@ -21,8 +22,7 @@ from tenon.serve.job_lines import (
     read_asked,
     read_pass,
 )
-from tenon.serve.jobs import AdapterRef, Ended, Failed, Load, Waits
-from tenon.serve.line_pipe import LinePipe
+from tenon.serve.pool.line_pipe import LinePipe
 
 TOP = ((5, -0.25), (9, -math.inf))
 

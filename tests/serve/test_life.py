@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tenon.registry.aliases import Guard
-from tenon.serve.names import Asker, Names
+from tenon.serve.front.names import Asker, Names
 from tests.serve.house import House, Running, make_house, read_stream, serving, wait_until
 
 

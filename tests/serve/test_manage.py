@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tenon.registry.store import Registry
-from tenon.serve.access import Access
+from tenon.serve.front.access import Access
 from tenon.serve.run import Managing, address, listen
 from tenon.tenants.keys import KeyStore
 from tenon.tenants.usage import UsageBook, UsageReader
@@ -97,8 +97,14 @@ def test_a_version_is_brought_into_memory_before_somebody_asks_it(house: House, 
     status, found, _ = manage.ask("POST", "/v1/adapters/high@1/load")
     assert status == 200 and found["state"] == "resident" == state("high") and found["rank"] == 7
     assert {each["name"] for each in manage.get("/v1/adapters")} >= {"low", "high"}
+    assert manage.ask("POST", "/v1/adapters/high@1/unload")[0] == 202
+    wait_until(lambda: state("high") == "on disk")
+    assert manage.ask("POST", "/v1/adapters/high@1/load")[1]["state"] == "resident", (
+        "it comes back when it is asked for"
+    )
     for name, expected in (("nobody", 404), ("nobody@1", 404), ("..%2f..%2fx", 404), ("low@9", 404)):
-        assert manage.ask("POST", f"/v1/adapters/{name}/load")[0] == expected, name
+        for verb in ("load", "unload"):
+            assert manage.ask("POST", f"/v1/adapters/{name}/{verb}")[0] == expected, name
         assert manage.ask("GET", f"/v1/adapters/{name}")[0] == expected, name
     entry = house.register("broken", rank=2, seed=80)
     weights = house.registry.folder(entry) / "adapter_model.safetensors"

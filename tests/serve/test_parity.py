@@ -18,7 +18,7 @@ from tenon.data.pack import PackRow
 from tenon.infer.score import score
 from tenon.registry.entry import Entry
 from tenon.registry.probes import PROBES_NAME, Probe, Probes
-from tenon.serve.parity import Computing, judged
+from tenon.serve.engine.parity import Computing, judged
 from tests.serve.damages import WEIGHTS, rehash
 from tests.serve.house import House, Running, read_stream, serving, wait_until
 from tests.tiny import CPU

@@ -19,12 +19,12 @@ from tenon.errors import RunError, TenonError
 from tenon.infer.requests import Request, Token
 from tenon.plan.requests import EngineRequest
 from tenon.processes import Worker, start_worker
-from tenon.serve.fake_engine import FATAL, HANGING, fake_answer
 from tenon.serve.jobs import AdapterRef, Ended, Event, Failed, Job, Limits, Mailbox
-from tenon.serve.pool import EnginePool, PoolOptions
-from tenon.serve.pool_metrics import PoolCollector
-from tenon.serve.replica import Patience
-from tenon.serve.scaling import ScaleRule
+from tenon.serve.pool.fake_engine import FATAL, HANGING, fake_answer
+from tenon.serve.pool.metrics import PoolCollector
+from tenon.serve.pool.pool import EnginePool, PoolOptions
+from tenon.serve.pool.replica import Patience
+from tenon.serve.pool.scaling import ScaleRule
 from tenon.settings import Settings
 from tests.worker.test_loop import ENGINE
 
@@ -133,6 +133,8 @@ def test_jobs_are_answered_spread_and_cancelled(tmp_path: Path) -> None:
             assert isinstance(box.end, Ended) and list(box.end.completion.ids) == box.ids
             assert box.end.completion.finish == "length" and len(box.end.completion.logprobs) == 8
         assert pooled.pool.resident == {"a", "b"} and pooled.pool.loads >= 2
+        pooled.pool.unload("a")
+        wait_until(lambda: pooled.pool.resident == {"b"})
         found = PoolCollector(pooled.pool).collect()
         told = {metric.name + "_total" * (metric.type == "counter"): metric for metric in found}
         page = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text()

@@ -18,9 +18,9 @@ from tenon.pipeline.replicas import engine_starter
 from tenon.plan.requests import Replicas, Seat, ServeRequest
 from tenon.processes import Worker
 from tenon.serve.jobs import Ended, Job, Limits
-from tenon.serve.pool import EnginePool, PoolOptions
-from tenon.serve.replica import Patience
-from tenon.serve.scaling import ScaleRule
+from tenon.serve.pool.pool import EnginePool, PoolOptions
+from tenon.serve.pool.replica import Patience
+from tenon.serve.pool.scaling import ScaleRule
 from tenon.service.serving import open_base
 from tenon.settings import Settings, read_settings
 from tests.serve.test_pool import Box, deliver, wait_until

@@ -11,9 +11,9 @@ from tenon.adapters.bank import AdapterBank, Slot
 from tenon.adapters.peft_files import AdapterFiles
 from tenon.adapters.ready import Arrival, ReadyAdapter
 from tenon.errors import AdapterError
+from tenon.serve.engine.residency import Bounds, Residency
+from tenon.serve.engine.turns import Need
 from tenon.serve.jobs import AdapterRef
-from tenon.serve.residency import Bounds, Residency
-from tenon.serve.turns import Need
 from tests.serve.test_adapter_memory import Reader
 from tests.tiny import CPU, random_slot, slot_shape, tiny_facts
 
@@ -118,6 +118,30 @@ def test_what_gives_way_stays_in_memory_and_comes_back_without_being_read_or_cop
     assert again.parameters_P is flat_P and world.read == ["a", "b", "c"]
     found = world.residency.traffic()
     assert (found.loads, found.evictions, found.reads) == (4, 2, 3)
+
+
+def test_what_is_to_leave_goes_once_nobody_runs_on_it_or_waits_for_it() -> None:
+    world = World()
+    world.bring("a")
+    world.bring("b")
+    world.residency.unload("a")
+    world.residency.unload("nobody")
+    world.arrange()
+    assert world.residency.state("a") == "resident", "a sequence runs on it"
+    world.residency.release("a")
+    world.arrange(("a", 1, world.now))
+    assert world.residency.state("a") == "resident", "a sequence waits for it"
+    world.arrange()
+    assert world.residency.states() == {"b": "resident"} and world.residency.traffic().memory_bytes == 0
+    world.arrange()
+    world.bring("a", 2)
+    world.residency.release("a")
+    world.arrange()
+    assert world.residency.state("a") == "resident" and world.read == ["a", "b", "a"], "it was let go once"
+    world.bring("c", 3)
+    world.residency.unload("a")
+    world.arrange()
+    assert world.residency.state("a") == "on disk", "from host memory too"
 
 
 def test_memory_is_bounded_and_what_is_not_kept_is_read_again() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tenon.infer.requests import Request
 from tenon.serve.jobs import AdapterRef, Ended, Event, Failed, Job
-from tenon.serve.routing import BOUND, choose, home_key, ranking
+from tenon.serve.pool.routing import BOUND, choose, home_key, ranking
 
 KEYS = st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=200)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tenon.serve.scaling import Scaler, ScaleRule
+from tenon.serve.pool.scaling import Scaler, ScaleRule
 
 RULE = ScaleRule(
     least=1, most=3, up_delay_seconds=1.0, up_seconds=5.0, down_delay_seconds=0.1, down_seconds=60.0, down_share=0.7

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tenon.registry.entry import EntryDraft
-from tenon.registry.store import TEMPLATE_NAME
-from tenon.serve.access import Access
-from tenon.serve.life import ShadowReport
+from tenon.registry.entry_files import TEMPLATE_NAME
+from tenon.serve.front.access import Access
+from tenon.serve.front.life import ShadowReport
 from tenon.tenants.keys import KeyStore
 from tenon.tenants.usage import UsageBook
 from tests.serve.house import House, Running, make_house, read_stream, serving, wait_until

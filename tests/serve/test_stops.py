@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenon.serve.stops import StopScanner
+from tenon.serve.text.stops import StopScanner
 
 LETTERS = st.text("abc", max_size=30)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tenon.data.rows import Completion
-from tenon.serve.access import Access
+from tenon.serve.front.access import Access
 from tenon.tenants.keys import KeyStore
 from tenon.tenants.usage import UsageBook
 from tests.serve.house import CONTEXT, House, Running, serving

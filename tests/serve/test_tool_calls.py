@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenon.serve.tool_calls import CallArguments, CallBegins, CallScanner
-from tenon.serve.tool_formats import HERMES, LLAMA, MISTRAL, MISTRAL_ARGS, CallFormat, call_format
+from tenon.serve.text.tool_calls import CallArguments, CallBegins, CallScanner
+from tenon.serve.text.tool_formats import HERMES, LLAMA, MISTRAL, MISTRAL_ARGS, CallFormat, call_format
 
 NAMES = ("get_weather", "add")
 ARGUMENTS = '{"city": "Ulm \\"}{\\\\", "deep": [{"a": 1}]}'

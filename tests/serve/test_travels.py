@@ -11,7 +11,7 @@ from openai import OpenAI
 
 from tenon.plan.values import Generation
 from tenon.registry.entry import EntryDraft
-from tenon.registry.store import TEMPLATE_NAME
+from tenon.registry.entry_files import TEMPLATE_NAME
 from tests.serve.house import House, Running, make_house, serving
 
 OWN = (

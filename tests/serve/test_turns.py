@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenon.infer.requests import Request
+from tenon.serve.engine.turns import Decision, Need, Place, decide
+from tenon.serve.engine.waiting import Waiter, WaitingJobs
 from tenon.serve.jobs import AdapterRef, Event, Job
-from tenon.serve.turns import Decision, Need, Place, decide
-from tenon.serve.waiting import Waiter, WaitingJobs
 
 
 class Nowhere:

@@ -15,7 +15,7 @@ from tenon.adapters.peft_files import read_adapter
 from tenon.errors import StopRequestedError
 from tenon.infer.requests import Completion, Token
 from tenon.serve.jobs import Ended, Failed
-from tenon.serve.vllm_adapters import NOTHING
+from tenon.serve.vllm.adapters import NOTHING
 from tests.serve.house import House, wait_until
 from tests.serve.vllm_house import Foreign, foreign
 
@@ -165,6 +165,17 @@ def test_the_longest_idle_one_makes_room(house: House, tmp_path: Path) -> None:
         assert [line["name"] for line in running.asked("unload")] == [low, high]
         assert [place.name for place in (tmp_path / "adapters").iterdir()] == [low]
         assert running.engines.resident == {low}
+
+
+def test_what_is_to_leave_goes_once_nobody_needs_it(house: House, tmp_path: Path) -> None:
+    with foreign(house, tmp_path) as running:
+        completion(running.ask([50], "low")[1].end())
+        low = house.registry.get("low").adapter_hash
+        running.engines.unload("nobody")
+        running.engines.unload(low)
+        wait_until(lambda: not running.engines.resident)
+        assert [line["name"] for line in running.asked("unload")] == [low]
+        assert completion(running.ask([50], "low")[1].end()).ids[0] == 52 and running.engines.resident == {low}
 
 
 def test_an_adapter_that_is_asked_for_without_a_pause_gives_way(house: House, tmp_path: Path) -> None:

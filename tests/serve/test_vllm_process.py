@@ -12,14 +12,14 @@ import psutil
 import pytest
 
 from tenon.errors import RunError
-from tenon.serve.vllm_process import RANKS, TESTED, VllmProcess, rank_for
+from tenon.serve.vllm.process import RANKS, TESTED, VllmProcess, rank_for
 from tests.serve.house import House, wait_until
 from tests.serve.vllm_house import make_launch, never
 
 HOLDER = """
 import sys
 from pathlib import Path
-from tenon.serve.vllm_process import Launch, VllmProcess
+from tenon.serve.vllm.process import Launch, VllmProcess
 python, base, log, site = sys.argv[1:]
 process = VllmProcess.start(Launch(Path(python), Path(base), Path(log), {"PYTHONPATH": site}))
 process.wait_until_ready(lambda seconds: None)

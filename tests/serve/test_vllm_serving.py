@@ -18,7 +18,7 @@ from tenon.errors import PlanError
 from tenon.pipeline.foreign import foreign_engines
 from tenon.plan.requests import Engine, ForeignEngine, ServeRequest
 from tenon.plan.values import Frozen
-from tenon.serve.vllm_process import TESTED
+from tenon.serve.vllm.process import TESTED
 from tenon.service.foreign import find_vllm
 from tests.plan.situations import CPU as MACHINE
 from tests.serve.house import LONG, House, read_stream

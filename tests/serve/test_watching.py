@@ -16,12 +16,12 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from tenon.serve.access import Access
+from tenon.serve.front.access import Access
 from tenon.serve.jobs import Waits
-from tenon.serve.metrics import MOST_MODELS, Labels
-from tenon.serve.records import Record
-from tenon.serve.request_log import RequestLog, line_of
-from tenon.serve.tracing import Tracing, otlp_processor, stages
+from tenon.serve.watching.metrics import MOST_MODELS, Labels
+from tenon.serve.watching.records import Record
+from tenon.serve.watching.request_log import RequestLog, line_of
+from tenon.serve.watching.tracing import Tracing, otlp_processor, stages
 from tenon.tenants.keys import KeyStore, Limits
 from tenon.tenants.usage import UsageBook
 from tests.conftest import REPOSITORY

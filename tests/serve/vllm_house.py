@@ -15,11 +15,11 @@ from typing import Any
 from tenon.errors import StopRequestedError
 from tenon.infer.requests import Request, Token
 from tenon.pipeline.foreign import start_vllm
-from tenon.serve.adapter_files import AdapterReader
+from tenon.serve.engine.adapter_files import AdapterReader
 from tenon.serve.jobs import AdapterRef, Ended, Event, Failed, Job, Limits, Mailbox
-from tenon.serve.vllm_adapters import VllmAdapters
-from tenon.serve.vllm_engines import VllmEngines
-from tenon.serve.vllm_process import Launch, VllmProcess
+from tenon.serve.vllm.adapters import VllmAdapters
+from tenon.serve.vllm.engines import VllmEngines
+from tenon.serve.vllm.process import Launch, VllmProcess
 from tests.serve.house import CONTEXT, House
 
 SITE = Path(__file__).parents[1] / "fakes" / "vllm_site"

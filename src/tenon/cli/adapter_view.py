@@ -15,7 +15,7 @@ from tenon.cli.result_view import metric_text
 from tenon.plan.values import Generation
 from tenon.registry.aliases import Alias
 from tenon.registry.entry import Entry
-from tenon.registry.store import TEMPLATE_NAME
+from tenon.registry.entry_files import TEMPLATE_NAME
 from tenon.units import format_bytes, format_short
 
 

@@ -108,7 +108,7 @@ def import_adapter(
 ) -> None:
     """Register a PEFT folder that was made elsewhere, and say how it is asked where a request does not."""
     from tenon.plan.values import Generation
-    from tenon.registry.store import TEMPLATE_NAME
+    from tenon.registry.entry_files import TEMPLATE_NAME
     from tenon.service.adapters import import_folder
 
     session = session_of(ctx)

@@ -53,7 +53,7 @@ def fields(ctx: typer.Context, as_json: AsJson = False) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from tenon.recipe.schema import leaf_fields
+    from tenon.recipe.fields import leaf_fields
 
     session = session_of(ctx)
     if as_json:

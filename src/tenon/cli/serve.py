@@ -20,6 +20,16 @@ if TYPE_CHECKING:
     from tenon.processes import Event
 
 
+class BasePrecision(StrEnum):
+    """What the base is kept in."""
+
+    auto = "auto"
+    same = "same"
+    fp8 = "fp8"
+    int8 = "int8"
+    nf4 = "nf4"
+
+
 class EngineName(StrEnum):
     """Who makes the answers."""
 
@@ -50,11 +60,28 @@ def serve(
     ] = 5.0,
     rows: Annotated[int, typer.Option("--rows", min=1, max=1024, help="Most sequences at a time.")] = 16,
     context: Annotated[
-        int, typer.Option("--context", min=16, help="Longest sequence in tokens, prompt and answer together.")
-    ] = 4096,
+        int | None,
+        typer.Option(
+            "--context",
+            min=16,
+            help="Longest sequence in tokens, prompt and answer together; by default 4096, or what the base can read.",
+        ),
+    ] = None,
     cache: Annotated[
-        str, typer.Option("--cache", help="Memory for keys and values; when it is full, the youngest sequences wait.")
-    ] = "2GB",
+        str | None,
+        typer.Option(
+            "--cache",
+            help="Memory for keys and values, of each engine; when it is full, the youngest sequences wait. By default "
+            "2GB, or what is left where that is less.",
+        ),
+    ] = None,
+    base_precision: Annotated[
+        BasePrecision | None,
+        typer.Option(
+            "--base-precision",
+            help="What the base's linear layers are kept in; by default as the recipe says, or as there is room.",
+        ),
+    ] = None,
     queue: Annotated[int, typer.Option("--queue", min=0, help="Sequences that may wait; more are refused.")] = 1024,
     drain: Annotated[
         float, typer.Option("--drain", min=0.0, help="Seconds in which what runs may finish after SIGTERM.")
@@ -115,19 +142,31 @@ def serve(
     """
     from tenon.plan.replicas import plan_replicas
     from tenon.plan.requests import ServeRequest
+    from tenon.plan.serving import Room, describe_memory, plan_cache, plan_context
     from tenon.service.environment import require_tracing
     from tenon.service.foreign import find_vllm
     from tenon.service.serving import open_base, public_name
 
     session = session_of(ctx)
-    cache_bytes, adapter_bytes = _parse_size(cache, "--cache"), _parse_size(adapter_memory, "--adapter-memory")
+    asked_cache = None if cache is None else _parse_size(cache, "--cache")
+    adapter_bytes = _parse_size(adapter_memory, "--adapter-memory")
     _require_own_options(engine_name, engine_python, engine_options, replicas)
     foreign = None
     if engine_name is EngineName.vllm:
         foreign = find_vllm(engine_python, engine_options, session.settings)
     if trace:
         require_tracing()
-    engine = open_base(spec, session.settings)
+    engine = open_base(spec, session.settings, base_precision=None if base_precision is None else base_precision.value)
+    several = plan_replicas(
+        replicas,
+        engine,
+        visible_devices=session.settings.visible_devices,
+        queue_delay_seconds=queue_delay,
+        silence_seconds=silence,
+    )
+    room = Room(slots, rows, plan_context(engine, context))
+    machines = [engine.machine] if several is None else [seat.machine for seat in several.seats]
+    cache_bytes = plan_cache(engine, machines, room, asked_cache)
     request = ServeRequest(
         engine=engine,
         name=public_name(engine.base),
@@ -137,7 +176,7 @@ def serve(
         adapter_bytes=adapter_bytes,
         adapter_wait_seconds=adapter_wait,
         rows=rows,
-        context_tokens=context,
+        context_tokens=room.context_tokens,
         cache_bytes=cache_bytes,
         queue=queue,
         drain_seconds=drain,
@@ -146,20 +185,15 @@ def serve(
         log=None if log is None else log if log == "-" else str(Path(log).absolute()),
         log_prompts=log_prompts,
         trace=trace,
-        replicas=plan_replicas(
-            replicas,
-            engine,
-            cache_bytes=cache_bytes,
-            visible_devices=session.settings.visible_devices,
-            queue_delay_seconds=queue_delay,
-            silence_seconds=silence,
-        ),
+        replicas=several,
         manage_host=manage_host,
         manage_port=manage,
     )
     if host not in _LOOPBACK and not session.settings.keys.is_file():
         text = f"whoever reaches {host} can use this server: no key is asked for; make one: tenon keys create TENANT"
         session.err.print(text, style="yellow")
+    if foreign is None:
+        session.err.print(f"memory: {describe_memory(engine, machines[0], room, cache_bytes)}", style="dim")
     _listen(session, request, as_json=as_json)
 
 

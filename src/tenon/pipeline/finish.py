@@ -15,8 +15,9 @@ from tenon.pipeline.probing import record_probes
 from tenon.pipeline.slot_data import Emit, SlotData
 from tenon.plan.values import Plan
 from tenon.registry.entry import Entry, EntryDraft
+from tenon.registry.entry_files import ENTRY_NAME, TEMPLATE_NAME
 from tenon.registry.probes import PROBES_NAME
-from tenon.registry.store import ENTRY_NAME, TEMPLATE_NAME, Registry
+from tenon.registry.store import Registry
 from tenon.runs.atomic import write_folder_atomic
 from tenon.runs.checkpoints import hash_file
 from tenon.runs.folder import RunFolder

@@ -26,13 +26,13 @@ from tenon.plan.requests import ForeignEngine, ServeRequest
 from tenon.plan.values import BaseFormat
 from tenon.processes import worker_log
 from tenon.registry.store import Registry
-from tenon.serve.adapter_files import AdapterReader
+from tenon.serve.api.protocol import MOST_TOP_LOGPROBS
+from tenon.serve.engine.adapter_files import AdapterReader
 from tenon.serve.jobs import Deliver, Limits
-from tenon.serve.protocol import MOST_TOP_LOGPROBS
 from tenon.serve.run import MakeEngines
-from tenon.serve.vllm_adapters import VllmAdapters
-from tenon.serve.vllm_engines import VllmEngines
-from tenon.serve.vllm_process import RANKS, TESTED, Dtype, Launch, VllmProcess, rank_for
+from tenon.serve.vllm.adapters import VllmAdapters
+from tenon.serve.vllm.engines import VllmEngines
+from tenon.serve.vllm.process import RANKS, TESTED, Dtype, Launch, VllmProcess, rank_for
 from tenon.settings import Settings, foreign_environment
 from tenon.units import format_bytes
 

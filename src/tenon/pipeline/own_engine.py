@@ -17,24 +17,20 @@ from tenon.pipeline.heap import settle_heap
 from tenon.pipeline.slot_data import Emit
 from tenon.pipeline.talking import open_engine
 from tenon.plan.requests import EngineRequest, ServeRequest
+from tenon.plan.serving import PASS_TOKENS, SLOT_RANK
 from tenon.registry.store import Registry
-from tenon.serve.adapter_files import AdapterReader
-from tenon.serve.engine_loop import EngineLoop
-from tenon.serve.engine_process import EngineProcess
+from tenon.serve.engine.adapter_files import AdapterReader
+from tenon.serve.engine.loop import EngineLoop
 from tenon.serve.jobs import Deliver, Limits
+from tenon.serve.pool.engine_process import EngineProcess
 from tenon.serve.run import MakeEngines
 from tenon.settings import Settings
 from tenon.units import format_bytes
 
-# Most tokens of one pass: a long prompt must not keep those who wait for their next token.
-_PASS_TOKENS = {"cpu": 256, "cuda": 2048}
-# Ranks of a slot for which the shelf has room: most adapters have no more, and a wider one takes that of others.
-_SHELF_RANK = 16
-
 
 def own_engine(request: ServeRequest, emit: Emit, settings: Settings) -> tuple[Renderer, MakeEngines]:
     """The base in this process, how it is asked, and the engine over it. Raises PlanError plan-cache."""
-    bench, renderer = open_engine(request.engine, settings, emit, shelf_rank=_SHELF_RANK * request.slots)
+    bench, renderer = open_engine(request.engine, settings, emit, shelf_rank=SLOT_RANK * request.slots)
     bench.decoder.pack()
     limits = cache_limits(request, bench.decoder)
     read = AdapterReader(Registry(settings.registry))
@@ -55,7 +51,7 @@ def own_engine(request: ServeRequest, emit: Emit, settings: Settings) -> tuple[R
 
 def run_engine(request: EngineRequest, lines: Iterator[str], emit: Emit, settings: Settings) -> None:
     """Make sequences for a server's front until the lines end. Raises PlanError plan-cache; what loading raises."""
-    bench, renderer = open_engine(request.engine, settings, emit, shelf_rank=_SHELF_RANK * request.slots)
+    bench, renderer = open_engine(request.engine, settings, emit, shelf_rank=SLOT_RANK * request.slots)
     bench.decoder.pack()
     process, read = EngineProcess(emit), AdapterReader(Registry(settings.registry))
     engine = EngineLoop(
@@ -89,7 +85,7 @@ def cache_limits(request: ServeRequest | EngineRequest, decoder: Decoder) -> Lim
         request.rows,
         context,
         request.cache_bytes,
-        _PASS_TOKENS[decoder.device.type],
+        PASS_TOKENS[decoder.device.type],
         request.slots,
         request.adapter_bytes,
         request.adapter_wait_seconds,

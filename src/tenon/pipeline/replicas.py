@@ -19,10 +19,10 @@ from tenon.pipeline.slot_data import Emit
 from tenon.plan.requests import EngineRequest, Replicas, ServeRequest
 from tenon.processes import Worker, start_worker
 from tenon.serve.jobs import Deliver, Limits
-from tenon.serve.pool import EnginePool, PoolOptions
-from tenon.serve.replica import Patience, StartEngine
+from tenon.serve.pool.pool import EnginePool, PoolOptions
+from tenon.serve.pool.replica import Patience, StartEngine
+from tenon.serve.pool.scaling import ScaleRule
 from tenon.serve.run import MakeEngines
-from tenon.serve.scaling import ScaleRule
 from tenon.settings import Settings
 
 

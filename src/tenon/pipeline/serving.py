@@ -18,11 +18,11 @@ from tenon.pipeline.slot_data import Emit
 from tenon.pipeline.watching import Watch, open_watch
 from tenon.plan.requests import ServeRequest
 from tenon.registry.store import Registry
-from tenon.serve.access import Access
-from tenon.serve.connections import Bounds, raise_handles
-from tenon.serve.names import Names
-from tenon.serve.pool import EnginePool
-from tenon.serve.pool_metrics import PoolCollector
+from tenon.serve.front.access import Access
+from tenon.serve.front.names import Names
+from tenon.serve.http.connections import Bounds, raise_handles
+from tenon.serve.pool.metrics import PoolCollector
+from tenon.serve.pool.pool import EnginePool
 from tenon.serve.run import MakeEngines, Managing, Options, Server, address, listen, stopped_by_signals
 from tenon.settings import Settings
 from tenon.tenants.keys import KeyStore

@@ -17,12 +17,12 @@ from tenon.data.tokenizer import ChatTokenizer
 from tenon.errors import UsageError
 from tenon.pipeline.slot_data import Emit
 from tenon.plan.requests import ServeRequest
-from tenon.serve.records import Observer
-from tenon.serve.request_log import RequestLog
+from tenon.serve.watching.records import Observer
+from tenon.serve.watching.request_log import RequestLog
 from tenon.settings import Settings
 
 if TYPE_CHECKING:
-    from tenon.serve.tracing import Tracing
+    from tenon.serve.watching.tracing import Tracing
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def open_watch(request: ServeRequest, settings: Settings, tokenizer: ChatTokeniz
         log = RequestLog(_writer(file, emit), decode=decode, prompts=request.log_prompts)
     if request.trace:
         # Only a server that traces needs the packages.
-        from tenon.serve.tracing import Tracing, otlp_processor
+        from tenon.serve.watching.tracing import Tracing, otlp_processor
 
         tracing = Tracing(
             otlp_processor(settings.otlp_endpoint),

@@ -11,8 +11,8 @@ from typing import Literal
 from tenon.bases.facts import MODULE_PATHS, parse_site
 from tenon.plan.keeping import describe
 from tenon.plan.values import Choice, Plan, SlotPlan
+from tenon.recipe.fields import leaf_fields
 from tenon.recipe.load import Loaded
-from tenon.recipe.schema import leaf_fields
 from tenon.units import format_bytes, format_count, format_seconds, format_share, format_short
 from tenon.values import Value
 

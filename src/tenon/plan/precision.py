@@ -12,6 +12,7 @@ from tenon.plan.choices import Choices
 from tenon.plan.memory import base_bytes, stack_shapes
 from tenon.plan.values import Frozen, MachineFacts, Precision
 from tenon.recipe.load import Loaded
+from tenon.recipe.schema import BaseChoice
 
 # fp8 arithmetic exists from compute capability 8.9 (Ada) on; its products want sizes of whole sixteens.
 FP8_CAPABILITY = (8, 9)
@@ -92,14 +93,24 @@ def _automatic(
     return (DENSE, INT8 if problem else FP8_ONCE, nf4)
 
 
-def resident_format(facts: ModelFacts, machine: MachineFacts, precision: Precision) -> Frozen:
+def resident_format(
+    facts: ModelFacts, machine: MachineFacts, precision: Precision, asked: BaseChoice = "auto"
+) -> Frozen:
     """What a base that only answers is kept in: unquantised where it leaves room for answers, as training chooses else.
 
     A CPU keeps it unquantised even where the files are nf4: every token would dequantise them anew.
+    Raises PlanError plan-precision.
     """
+    problem = _fp8_problem(facts, machine, precision)
+    if asked == "fp8" and problem:
+        raise PlanError(
+            "plan-precision", f"a base in fp8: {problem}", got="fp8", hint="type --base-precision int8, nf4 or auto"
+        )
+    if asked != "auto":
+        nf4 = Frozen(format="nf4", fp8_compute=machine.device == "cuda" and not problem)
+        return {"same": DENSE, "bf16": DENSE, "int8": INT8, "fp8": FP8_ONCE, "nf4": nf4}[asked]
     if machine.device == "cpu":
         return DENSE
-    problem = _fp8_problem(facts, machine, precision)
     for frozen in (DENSE, INT8 if problem else FP8_ONCE):
         if base_bytes(facts, precision, frozen) <= RESIDENT_SHARE * machine.device_memory_bytes:
             return frozen

@@ -9,17 +9,14 @@ import re
 
 from tenon.errors import PlanError, UsageError
 from tenon.plan.devices import free_gpus
-from tenon.plan.memory import base_bytes
 from tenon.plan.requests import Engine, Replicas, Seat
 from tenon.plan.values import MachineFacts
-from tenon.units import format_bytes
 
 
 def plan_replicas(
     text: str,
     engine: Engine,
     *,
-    cache_bytes: int,
     visible_devices: str | None,
     queue_delay_seconds: float,
     silence_seconds: float,
@@ -27,14 +24,14 @@ def plan_replicas(
     """The engines of a server; None for one in the server's own process.
 
     text: `3`, `1-4`, `auto` or `0` (as many as there are GPUs that nobody uses). engine: as planned for one.
-    cache_bytes: of each. visible_devices: the GPUs that may be used, as CUDA reads them.
+    visible_devices: the GPUs that may be used, as CUDA reads them. Whether each has room is `plan.serving`'s to say.
     Raises UsageError usage-replicas, PlanError plan-replicas.
     """
     machine = engine.machine
     least, most = _range(text, machine)
     if most == 1:
         return None
-    _require_room(engine, most, cache_bytes)
+    _require_places(machine, most)
     return Replicas(
         seats=tuple(_seat(machine, number, most, visible_devices) for number in range(most)),
         least=least,
@@ -69,9 +66,8 @@ def _seat(machine: MachineFacts, number: int, count: int, visible_devices: str |
     return Seat(machine=machine.model_copy(update=alone), visible_devices=place)
 
 
-def _require_room(engine: Engine, count: int, cache_bytes: int) -> None:
+def _require_places(machine: MachineFacts, count: int) -> None:
     """Raises PlanError plan-replicas."""
-    machine = engine.machine
     if machine.device == "cuda":
         there = 1 + len(machine.peers_memory_bytes)
         if count > there:
@@ -86,12 +82,4 @@ def _require_room(engine: Engine, count: int, cache_bytes: int) -> None:
             "plan-replicas",
             f"{count} replicas want a thread each, and there are {machine.threads}",
             hint=f"type --replicas {machine.threads} at the most; TENON_THREADS says how many threads may be used",
-        )
-    need = count * (base_bytes(engine.facts, engine.precision, engine.frozen) + cache_bytes)
-    if need > machine.host_memory_bytes:
-        raise PlanError(
-            "plan-replicas",
-            f"{count} replicas need about {format_bytes(need)}, and {format_bytes(machine.host_memory_bytes)} are free",
-            got=f"the base and a cache of {format_bytes(cache_bytes)} for each",
-            hint="fewer --replicas, or less --cache (it is each replica's own)",
         )

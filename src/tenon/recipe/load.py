@@ -18,8 +18,9 @@ from pydantic_core import ErrorDetails
 from tenon.errors import RecipeError
 from tenon.recipe.aliases import PAIRS
 from tenon.recipe.applies import refuse_inapplicable
+from tenon.recipe.fields import LeafField, full_key, leaf_fields, section_names, source_fields
 from tenon.recipe.nearest import did_you_mean, nearest_keys, nearest_word
-from tenon.recipe.schema import LeafField, Recipe, full_key, leaf_fields, section_names, source_fields
+from tenon.recipe.schema import Recipe
 from tenon.recipe.translate import refuse_overridden_epochs, translate
 from tenon.recipe.written import Written, WrittenOrigin, read_overrides, read_yaml
 from tenon.values import Value

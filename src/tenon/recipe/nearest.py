@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 from tenon.recipe.aliases import BY_KEY
-from tenon.recipe.schema import leaf_fields
+from tenon.recipe.fields import leaf_fields
 
 
 def nearest_keys(key: str) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from tenon.recipe.aliases import ALIASES, ALWAYS, DIFFERENT
 from tenon.recipe.applies import RULES
 from tenon.recipe.defaults import DEFAULTS, DERIVED
-from tenon.recipe.schema import LeafField, Recipe, Section, leaf_fields, section_names, source_fields
+from tenon.recipe.fields import LeafField, leaf_fields, section_names, source_fields
+from tenon.recipe.schema import Recipe, Section
 
 _HEAD = """# The recipe
 

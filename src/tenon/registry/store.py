@@ -16,7 +16,6 @@ from __future__ import annotations
 import difflib
 import re
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -27,19 +26,23 @@ from tenon.registry.alias_book import AliasBook
 from tenon.registry.aliases import Alias, Guard, Target, is_alias, new_target, read_aliases
 from tenon.registry.contents import damaged, read_content
 from tenon.registry.entry import Entry, EntryDraft
+from tenon.registry.entry_files import (
+    BESIDE,
+    ENTRY_NAME,
+    PEFT_FILES,
+    TEMPLATE_NAME,
+    make_entry,
+    read_entry,
+    require_file,
+    require_nothing_else,
+)
 from tenon.registry.guards import require_as_good
 from tenon.registry.lock import locked
-from tenon.registry.peft_check import CONFIG_NAME, TENSORS_NAME, AdapterFacts, check_adapter
+from tenon.registry.peft_check import check_adapter
 from tenon.registry.probes import PROBES_NAME, Probes
 from tenon.runs.atomic import clean_leftovers, remove_folder, write_file_atomic, write_folder_atomic
-from tenon.runs.checkpoints import FileFacts, hash_file
 from tenon.runs.space import require_space
 
-ENTRY_NAME = "tenon.json"
-PEFT_FILES = (CONFIG_NAME, TENSORS_NAME)
-# What may be kept beside the PEFT files of a version.
-TEMPLATE_NAME = "chat_template.jinja"
-BESIDE = frozenset({PROBES_NAME, TEMPLATE_NAME})
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _VERSION = re.compile(r"[1-9]\d{0,8}")
 
@@ -75,7 +78,7 @@ class Registry:
                 for file, content in (beside or {}).items():
                     (aside / file).write_bytes(content)
                 # Checked again: what counts is what was copied, not what lay there a moment ago.
-                made.append(_entry(name, version, aside, check_adapter(aside), draft, tuple(beside or ())))
+                made.append(make_entry(name, version, aside, check_adapter(aside), draft, tuple(beside or ())))
                 (aside / ENTRY_NAME).write_text(made[0].to_json())
 
             write_folder_atomic(folder / str(version), write, need_bytes=size_bytes)
@@ -91,7 +94,7 @@ class Registry:
         Raises AdapterError adapter-bad-name, adapter-unknown (with the nearest name), adapter-damaged.
         """
         name, version = self._resolve(spec)
-        return _read_entry(self.root / name / str(version))
+        return read_entry(self.root / name / str(version))
 
     def folder(self, entry: Entry) -> Path:
         """Where the files of an entry lie; read them, never write there."""
@@ -211,9 +214,9 @@ class Registry:
         """
         entry = self.get(spec)
         folder = self.folder(entry)
-        _require_nothing_else(folder, entry)
+        require_nothing_else(folder, entry)
         for name, facts in (entry.files | entry.beside).items():
-            _require_file(folder, name, facts)
+            require_file(folder, name, facts)
         check_adapter(folder)
         return entry
 
@@ -223,7 +226,7 @@ class Registry:
         """
         entry = self.get(spec)
         folder = self.folder(entry)
-        _require_nothing_else(folder, entry)
+        require_nothing_else(folder, entry)
         return entry, {name: read_content(folder, name, facts) for name, facts in entry.files.items()}
 
     def probes(self, entry: Entry) -> Probes | None:
@@ -256,7 +259,7 @@ class Registry:
         if facts is None:
             return None
         folder = self.folder(entry)
-        _require_file(folder, name, facts)
+        require_file(folder, name, facts)
         return (folder / name).read_bytes()
 
     def export(self, spec: str, target: Path) -> Entry:
@@ -361,71 +364,3 @@ def _last(folder: Path) -> int:
     last = folder / "last"
     text = last.read_text() if last.is_file() else ""
     return int(text) if _VERSION.fullmatch(text) else 0
-
-
-def _entry(
-    name: str, version: int, folder: Path, facts: AdapterFacts, draft: EntryDraft, beside: tuple[str, ...]
-) -> Entry:
-    return Entry(
-        name=name,
-        version=version,
-        created=time.time(),
-        base_spec=draft.base_spec,
-        base_hash=draft.base_hash,
-        run=draft.run,
-        data_hash=draft.data_hash,
-        template_hash=draft.template_hash,
-        recipe_hash=draft.recipe_hash,
-        metrics=draft.metrics,
-        parent=draft.parent,
-        system=draft.system,
-        base_format=draft.base_format,
-        generation=draft.generation,
-        rank=facts.rank,
-        alpha=facts.alpha,
-        scale=facts.scale,
-        targets=facts.targets,
-        matrices=len(facts.sites),
-        parameters=facts.parameters,
-        files={file: _facts(folder / file) for file in PEFT_FILES},
-        beside={file: _facts(folder / file) for file in beside},
-    )
-
-
-def _facts(path: Path) -> FileFacts:
-    return FileFacts(sha256=hash_file(path), size_bytes=path.stat().st_size)
-
-
-def _require_file(folder: Path, name: str, facts: FileFacts) -> None:
-    """Raises AdapterError adapter-damaged unless a file is what was registered."""
-    path = folder / name
-    if path.is_symlink() or not path.is_file():
-        raise damaged(folder, f"{name} is missing" if not path.is_symlink() else f"{name} is a link")
-    if path.stat().st_size != facts.size_bytes:
-        raise damaged(folder, f"{name} has {path.stat().st_size:,} bytes instead of {facts.size_bytes:,}")
-    if hash_file(path) != facts.sha256:
-        raise damaged(folder, f"{name} does not hold what was registered")
-
-
-def _require_nothing_else(folder: Path, entry: Entry) -> None:
-    """Raises AdapterError adapter-damaged when something lies in the folder that was not registered."""
-    try:
-        strange = sorted({place.name for place in folder.iterdir()} - {*PEFT_FILES, *entry.beside, ENTRY_NAME})
-    except OSError as error:
-        raise damaged(folder, "its files went away") from error
-    if strange:
-        raise damaged(folder, f"{strange[0]} does not belong there")
-
-
-def _read_entry(folder: Path) -> Entry:
-    try:
-        entry = Entry.from_json((folder / ENTRY_NAME).read_bytes())
-    except FileNotFoundError as error:
-        raise damaged(folder, f"{ENTRY_NAME} is missing") from error
-    except ValidationError as error:
-        raise damaged(folder, f"{ENTRY_NAME} is no entry of this version of Tenon") from error
-    if (entry.name, str(entry.version)) != (folder.parent.name, folder.name):
-        raise damaged(folder, f"{ENTRY_NAME} says that it is {entry.label}")
-    if set(entry.files) != set(PEFT_FILES) or not set(entry.beside) <= BESIDE:
-        raise damaged(folder, f"{ENTRY_NAME} lists other files than an adapter has")
-    return entry

@@ -75,7 +75,7 @@ class Limits:
     """rows: sequences at a time. context_tokens: longest sequence, prompt and answer together. cache_bytes: keys and
     values of all sequences, and of beginnings that are remembered. pass_tokens: most tokens of one pass. slots:
     adapters in the bank at a time. adapter_bytes: host memory for adapters beside those. adapter_wait_seconds: after
-    which an adapter that waits for a slot has one closed for it (see `serve.turns`).
+    which an adapter that waits for a slot has one closed for it (see `serve.engine.turns`).
     """
 
     rows: int
@@ -183,6 +183,12 @@ class Engines(Protocol):
 
     def cancel(self, job: Job) -> None:
         """End a job as soon as can be. Harmless when it has ended."""
+        ...
+
+    def unload(self, key: str) -> None:
+        """Let an adapter go, from its slot and from memory, once no sequence runs on it or waits for it. Whoever asks
+        for it later has it read again. Harmless when it is not there.
+        """
         ...
 
     def stop(self) -> None:

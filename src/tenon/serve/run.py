@@ -25,18 +25,18 @@ from tenon.data.grammars import Grammars
 from tenon.data.tokenizer import ChatTokenizer
 from tenon.errors import UsageError
 from tenon.registry.store import Registry
-from tenon.serve.access import Access
-from tenon.serve.app import Face, make_app
-from tenon.serve.connections import Bounds, connection_class
-from tenon.serve.desk import Desk
-from tenon.serve.forms import Forms
-from tenon.serve.gate import Gate
+from tenon.serve.api.app import Face, make_app
+from tenon.serve.api.desk import Desk
+from tenon.serve.api.forms import Forms
+from tenon.serve.front.access import Access
+from tenon.serve.front.gate import Gate
+from tenon.serve.front.life import Life
+from tenon.serve.front.names import Names
+from tenon.serve.http.connections import Bounds, connection_class
 from tenon.serve.jobs import Deliver, Engines, Event, Mailbox
-from tenon.serve.life import Life
-from tenon.serve.manage import Manage, make_manage_app
-from tenon.serve.metrics import Metrics
-from tenon.serve.names import Names
-from tenon.serve.records import Observer
+from tenon.serve.manage.app import Manage, make_manage_app
+from tenon.serve.watching.metrics import Metrics
+from tenon.serve.watching.records import Observer
 from tenon.tenants.keys import KeyStore
 from tenon.tenants.usage import UsageReader
 

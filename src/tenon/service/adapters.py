@@ -10,7 +10,8 @@ from tenon.errors import AdapterError
 from tenon.plan.values import Generation
 from tenon.registry.aliases import Alias, Guard
 from tenon.registry.entry import Entry, EntryDraft
-from tenon.registry.store import TEMPLATE_NAME, Registry
+from tenon.registry.entry_files import TEMPLATE_NAME
+from tenon.registry.store import Registry
 from tenon.runs.metric_table import metric_facts
 from tenon.settings import Settings
 

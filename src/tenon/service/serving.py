@@ -13,10 +13,12 @@ from pathlib import Path
 from types import FrameType
 
 from tenon.errors import StopRequestedError
+from tenon.plan.precision import resident_format
 from tenon.plan.requests import Engine, ServeRequest
 from tenon.plan.values import BasePlan
 from tenon.processes import Event, start_worker, worker_log
 from tenon.recipe.load import load_recipe
+from tenon.recipe.schema import BaseChoice
 from tenon.service.environment import require_serving
 from tenon.service.subjects import open_subject
 from tenon.settings import Settings
@@ -24,19 +26,24 @@ from tenon.settings import Settings
 _RECIPES = (".yaml", ".yml")
 
 
-def open_base(spec: str | None, settings: Settings) -> Engine:
-    """What to serve: a base, the base of a recipe (with its template), or the embedded base.
+def open_base(spec: str | None, settings: Settings, *, base_precision: BaseChoice | None = None) -> Engine:
+    """What to serve: a base, the base of a recipe (with its template, and in its precision), or the embedded base.
 
-    Raises RecipeError, BaseModelError; those of `require_serving`.
+    base_precision: what the base is kept in; None as the recipe says, or as there is room.
+    Raises RecipeError, BaseModelError, PlanError plan-precision; those of `require_serving`.
     """
     require_serving()
     template = None
     if spec is not None and Path(spec).suffix in _RECIPES:
         loaded = load_recipe(Path(spec))
         spec = loaded.base_spec
+        base_precision = base_precision or loaded.recipe.precision.base
         written = loaded.recipe.data.template
         template = None if written is None else loaded.resolve(written)
     engine = open_subject(None, spec, settings).engine
+    if base_precision is not None:
+        frozen = resident_format(engine.facts, engine.machine, engine.precision, base_precision)
+        engine = engine.model_copy(update={"frozen": frozen})
     return engine if template is None else engine.model_copy(update={"template": template})
 
 

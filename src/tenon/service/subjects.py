@@ -20,8 +20,9 @@ from tenon.plan.precision import resident_format
 from tenon.plan.requests import Engine, Subject
 from tenon.plan.values import BasePlan, DataPlan, Precision, SlotPlan, SourcePlan
 from tenon.registry.entry import Entry, check_base
+from tenon.registry.entry_files import ENTRY_NAME, TEMPLATE_NAME
 from tenon.registry.peft_check import CONFIG_NAME, TENSORS_NAME
-from tenon.registry.store import ENTRY_NAME, TEMPLATE_NAME, Registry
+from tenon.registry.store import Registry
 from tenon.runs.checkpoints import hash_file
 from tenon.runs.folder import RunFolder
 from tenon.runs.naming import find_run

@@ -35,9 +35,9 @@ from tenon.runs.machine import MachineRecord
 from tenon.runs.nvml import gpu_lost
 from tenon.runs.results import Example, Metric, Result
 from tenon.runs.telemetry import end_as_failed
-from tenon.serve.engine_process import EngineProcess
-from tenon.serve.fake_engine import FakeEngine
 from tenon.serve.jobs import Limits
+from tenon.serve.pool.engine_process import EngineProcess
+from tenon.serve.pool.fake_engine import FakeEngine
 from tenon.settings import Settings
 from tenon.worker.loop import Emit, work
 

@@ -3,7 +3,7 @@
     train RUN_FOLDER         events go to the run folder's events.jsonl; the plan is in the folder
     evaluate|generate|inspect|check|serve REQUEST.json
     chat REQUESTS.jsonl      one request a line: a ChatStart, then ChatTurns
-    engine -                 an EngineRequest, then jobs, a line each (tenon.serve.job_lines)
+    engine -                 an EngineRequest, then jobs, a line each (tenon.serve.pool.job_lines)
 
 TARGET `-` reads the request from standard input (for train the target is always a folder). Standard output carries
 events as JSON lines and nothing else: whatever a library prints goes to standard error, which the light side keeps as a

@@ -1,0 +1,1 @@
+"""Tokens to text as they come: detokenised, cut at stops, and read for calls of functions."""
