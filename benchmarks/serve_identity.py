@@ -47,6 +47,11 @@ class Case:
     prompt: list[int]
 
     @property
+    def name(self) -> str:
+        """Who is asked."""
+        return "base" if self.made is None else self.made.name
+
+    @property
     def request(self) -> Request:
         """Greedy, always so many tokens."""
         return Request(self.prompt, max_new_tokens=TOKENS)
@@ -79,6 +84,7 @@ def main() -> None:
     prepared = prepare_base(locate_base(BASE, settings), settings)
     facts, tokenizer = folder_facts(prepared), load_tokenizer(prepared)
     decoder = load_decoder(prepared, facts, dtype=torch.float32, device=CPU)
+    decoder.pack()  # as servers do
     with tempfile.TemporaryDirectory() as name:
         own = dataclasses.replace(settings, home=Path(name))
         adapters: list[Made | None] = [None, *make_adapters(Path(name) / "made", settings=own)]
@@ -97,8 +103,9 @@ def compare(decoder: Decoder, facts: ModelFacts, prepared: Path, cases: list[Cas
     alone = [answer_alone(decoder, facts, case) for case in cases]
     bare = [answer_alone(decoder, facts, dataclasses.replace(case, made=None)) for case in cases]
     theirs: dict[int, Answer] = {}
-    for made in dict.fromkeys(case.made for case in cases):
-        mine = [i for i, case in enumerate(cases) if case.made is made]
+    for name in dict.fromkeys(case.name for case in cases):
+        mine = [i for i, case in enumerate(cases) if case.name == name]
+        made = cases[mine[0]].made
         asked = [cases[i].prompt for i in mine]
         answers = peft_answers(prepared, None if made is None else made.folder, asked, TOKENS)
         theirs.update(zip(mine, answers, strict=True))
