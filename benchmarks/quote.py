@@ -16,7 +16,15 @@ from pathlib import Path
 
 from benchmarks.report import REPOSITORY, RESULTS
 
-DOCUMENTS = ("README.md", "README.zh-CN.md", "docs/guide.md", "docs/guide.zh-CN.md", "docs/benchmarks.md")
+DOCUMENTS = (
+    "README.md",
+    "README.zh-CN.md",
+    "docs/guide.md",
+    "docs/guide.zh-CN.md",
+    "docs/benchmarks.md",
+    "docs/serving.md",
+    "docs/vllm.md",
+)
 _QUOTE = re.compile(r"<!-- figure (\S+) :: (.+?) :: (\S+) -->(.*?)<!-- /figure -->", re.DOTALL)
 
 

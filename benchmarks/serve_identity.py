@@ -111,15 +111,17 @@ def compare(decoder: Decoder, facts: ModelFacts, prepared: Path, cases: list[Cas
         theirs.update(zip(mine, answers, strict=True))
     peft = [theirs[i] for i in range(len(cases))]
     own = [i for i, case in enumerate(cases) if case.made is not None]
-    # A guard: what is compared must be something that the adapters have changed.
-    differ = min(differing_tokens([together[i]], [bare[i]]) / TOKENS for i in own)
+    # A guard: what is compared must be something that every adapter has changed, far beyond the bound.
+    moved = min(worst_logprob([together[i]], [bare[i]]) for i in own)
+    differ = sum(differing_tokens([together[i]], [bare[i]]) for i in own) / (TOKENS * len(own))
     ranks = sorted({case.made.rank for case in cases if case.made is not None})
     what = f"{len(ranks)} adapters of ranks {ranks[0]} to {ranks[-1]} and the base in one batch"
     return [
         Row("sequences", len(cases), "sequences"),
         Row("shortest prompt", min(len(case.prompt) for case in cases), "tokens"),
         Row("tokens compared", sum(len(one.ids) for one in together), "tokens"),
-        at_least("least share of an adapter's tokens that the base would not have said", differ, "of 1", 0.05),
+        Row("adapters' tokens that the base would not have said", differ, "of 1"),
+        at_least("log probabilities of adapters against the base's, least of an answer", moved, "nats, largest", 0.01),
         at_most(f"{what}, against each alone", differing_tokens(together, alone), "differing tokens", 0),
         at_most(f"{what}, against PEFT", differing_tokens(together, peft), "differing tokens", 0),
         at_most("log probabilities against each alone", worst_logprob(together, alone), "nats, largest", 1e-4),
