@@ -128,16 +128,24 @@ def ask_vllm(
         load(vllm, "last", last)
         bare = [one for one in asked if one.subject == BASE_NAME]
         before = [answer.ids for one, answer in zip(asked, answers, strict=True) if one.subject == BASE_NAME]
-        zeros = [changed(one, subject=NOTHING) for one in bare]
-        again = {
-            name: [answer.ids for answer in pool.map(partial(ask_one, vllm), requests)]
-            for name, requests in ((BASE_NAME, bare), (NOTHING, zeros))
-        }
+        beside = [one for one in asked if one.subject == made[0].name]
+        again = {name: ask_beside(vllm, pool, bare, beside, name) for name in (BASE_NAME, NOTHING)}
     differ = {name: sum(a != b for a, b in zip(before, ids, strict=True)) for name, ids in again.items()}
     return answers, [
         Row("answers of the base that vLLM changes once its last slot is taken", differ[BASE_NAME], "answers"),
         at_most("the same, when the base is asked through an adapter of zeros", differ[NOTHING], "answers", 0),
     ]
+
+
+def ask_beside(
+    vllm: Vllm, pool: ThreadPoolExecutor, bare: Sequence[Asked], beside: Sequence[Asked], name: str
+) -> list[Sequence[int]]:
+    """What `name` answers to the base's prompts, beside an adapter's: where no sequence of a pass has an adapter, vLLM
+    leaves adapters out altogether.
+    """
+    mixed = [each for own, other in zip(bare, beside, strict=True) for each in (changed(own, subject=name), other)]
+    answers = list(pool.map(partial(ask_one, vllm), mixed))
+    return [answer.ids for one, answer in zip(mixed, answers, strict=True) if one.subject == name]
 
 
 def ask_one(vllm: Vllm, one: Asked) -> Completion:
