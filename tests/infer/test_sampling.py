@@ -77,7 +77,7 @@ def test_rows_drawn_together_are_those_drawn_one_by_one(kind: str, vocabulary: i
     logits = torch.randn((25 * len(RULES), vocabulary), generator=generator)
     logits *= {"peaked": 6.0, "flat": 0.3, "coarse": 2.0, "equal": 0.0}[kind]
     logits = logits.round() if kind == "coarse" else logits
-    draws = [Draw(_request(**RULES[i % len(RULES)], seed=i % 7), i) for i in range(len(logits))]
+    draws = [Draw(request_with(**RULES[i % len(RULES)], seed=i % 7), i) for i in range(len(logits))]
     expected = [
         drawn_plainly(row, draw) if draw.request.temperature else int(row.argmax())
         for row, draw in zip(logits, draws, strict=True)
@@ -97,7 +97,7 @@ def test_the_last_bits_of_scores_hardly_ever_change_a_draw(limits: dict[str, flo
     logits = torch.randn((400, 20_000), generator=generator)
     shaken = logits + 2e-6 * torch.randn(logits.shape, generator=generator)
     assert (logits.argsort(dim=1) != shaken.argsort(dim=1)).any(dim=1).all()
-    draws = [Draw(_request(**limits, seed=3), i) for i in range(len(logits))]
+    draws = [Draw(request_with(**limits, seed=3), i) for i in range(len(logits))]
     assert (sample(logits, draws) != sample(shaken, draws)).sum() <= 1
 
 
@@ -105,17 +105,18 @@ def test_what_is_not_drawn_and_what_is_not_finite_stops_nobody() -> None:
     logits = torch.randn((4, 900), generator=torch.Generator().manual_seed(5))
     logits[1, 3], logits[2] = float("nan"), float("inf")
     draws = [
-        Draw(_request(seed=1), 3),
-        Draw(_request(), 3),
-        Draw(_request(), 3),
-        Draw(_request(seed=1), 3, drawn=False),
+        Draw(request_with(seed=1), 3),
+        Draw(request_with(), 3),
+        Draw(request_with(), 3),
+        Draw(request_with(seed=1), 3, drawn=False),
     ]
     found = sample(logits, draws)
     assert found[0] == drawn_plainly(logits[0], draws[0]) and found[3] == logits[3].argmax()
     assert ((found >= 0) & (found < 900)).all()
 
 
-def _request(**changes: float) -> Request:
+def request_with(**changes: float) -> Request:
+    """A request with some rules of drawing."""
     return Request(
         (1,),
         temperature=changes.get("temperature", 1.0),
@@ -150,7 +151,7 @@ def test_greedy_takes_the_lowest_of_equal_ids() -> None:
 )
 def test_limits_keep_what_transformers_keeps(limits: dict[str, float]) -> None:
     logits = torch.randn(40, generator=torch.Generator().manual_seed(3)) * 2
-    request = _request(**limits)
+    request = request_with(**limits)
     warpers = LogitsProcessorList([TemperatureLogitsWarper(request.temperature)])
     if request.top_k:
         warpers.append(TopKLogitsWarper(min(request.top_k, 40)))
@@ -166,13 +167,13 @@ def test_limits_keep_what_transformers_keeps(limits: dict[str, float]) -> None:
 
 def test_top_k_takes_the_lowest_of_equal_ids() -> None:
     logits = torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0]).repeat(200, 1)
-    assert set(sample(logits, [Draw(_request(top_k=3), i) for i in range(200)]).tolist()) == {0, 1, 3}
+    assert set(sample(logits, [Draw(request_with(top_k=3), i) for i in range(200)]).tolist()) == {0, 1, 3}
 
 
 def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
     counts = torch.zeros(4)
-    request = _request(temperature=1.0, seed=11)
+    request = request_with(temperature=1.0, seed=11)
     found = sample(logits.expand(4000, -1), [Draw(request, position) for position in range(4000)])
     counts.scatter_add_(0, found, torch.ones(4000))
     assert torch.allclose(counts / 4000, logits.softmax(0), atol=0.03)
@@ -190,7 +191,7 @@ def test_uniform_is_a_function_of_seed_and_position() -> None:
 
 def test_a_tiny_temperature_is_greedy() -> None:
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 100
-    assert sample(logits, [Draw(_request(temperature=1e-300), 4)]).tolist() == [int(logits.argmax())]
+    assert sample(logits, [Draw(request_with(temperature=1e-300), 4)]).tolist() == [int(logits.argmax())]
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_a_tiny_temperature_is_greedy() -> None:
 )
 def test_limits_out_of_range_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(UsageError) as caught:
-        _request(**bad)
+        request_with(**bad)
     assert caught.value.code == "usage-sampling"
     assert next(iter(bad)) in caught.value.what
 
