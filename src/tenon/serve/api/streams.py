@@ -21,11 +21,20 @@ from tenon.serve.http.api_errors import ApiError, as_api_error, error_body
 from tenon.serve.watching.records import CLIENT_GONE, current
 
 DONE = "data: [DONE]\n\n"
+# One event of a stream, which is what OpenAPI before 3.2 describes in the place of the whole.
+_EVENT = {
+    "type": "object",
+    "properties": {
+        "data": {"type": "string", "description": "A chunk as JSON, an error as JSON, or `[DONE]`."},
+        "event": {"type": "string"},
+    },
+    "required": ["data"],
+}
 # What OpenAPI says of answers that may come as a stream.
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer; with `stream` server-sent events, each a chunk, and `[DONE]`.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"schema": _EVENT}},
     }
 }
 _T = TypeVar("_T")
