@@ -22,16 +22,16 @@ from tenon.units import format_bytes
 PASS_TOKENS = {"cpu": 256, "cuda": 2048}
 # Keys and values of all sequences, where nobody says how much and there is so much.
 CACHE_BYTES = 2 << 30
+# The longest sequence, where nobody says and the base reads as much.
+CONTEXT_TOKENS = 4096
 # Ranks of a slot for which the shelf has room (`adapters.shelf`), and which a slot is planned with: most have no more.
 SLOT_RANK = 16
 # Scores of a pass are held in fp32 at most this often at a time: as they are, steered, and sorted for a draw.
 _SCORES_AT_ONCE, _MOST_SCORE_BYTES = 3, 128 * 1024 * 1024
 # Passes whose tensors live at a time: the one that is made, and on a GPU the memory of the recorded ones.
 _PASSES = {"cpu": 1, "cuda": 2}
-
-
-# The longest sequence, where nobody says and the base reads as much.
-CONTEXT_TOKENS = 4096
+# A sequence may need a block of the cache beyond its own tokens (`models.blocks`): at most so many tokens.
+_BLOCK_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def plan_cache(engine: Engine, machines: Sequence[MachineFacts], room: Room, ask
     machine = min(machines, key=usable_bytes)
     terms = server_terms(engine, machine, room)
     left = usable_bytes(machine) - _sum(terms)
-    one = room.context_tokens * token_bytes(engine)
+    one = (room.context_tokens + _BLOCK_TOKENS) * token_bytes(engine)
     cache = min(CACHE_BYTES, left) if asked is None else asked
     if cache <= left and (asked is not None or cache >= one):
         return cache
