@@ -58,6 +58,7 @@ RULES: list[dict[str, float]] = [
     {"top_k": 7, "temperature": 1.4},
     {"top_k": 129},
     {"top_k": 2500},
+    {"top_k": 10**30, "top_p": 0.9},
     {"top_p": 0.3},
     {"top_p": 0.97},
     {"top_p": 0.9999},

@@ -242,11 +242,46 @@ def test_what_is_nested_deeply_is_refused_or_answered(strict: Running, depth: in
         assert strict.ask("/v1/chat/completions", body.encode())[0] in (200, 400), fields
 
 
-@pytest.mark.parametrize("number", ["1e999", "-1e999", "1" * 5000, "NaN", "Infinity", "1e-999", "0." + "1" * 5000])
-@pytest.mark.parametrize("field", ["temperature", "max_tokens", "seed", "top_p", "top_k"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        "1e999",
+        "-1e999",
+        "1" * 5000,
+        "1" * 30,
+        "-" + "1" * 30,
+        str(2**63),
+        "NaN",
+        "Infinity",
+        "1e-999",
+        "0." + "1" * 5000,
+    ],
+)
+@pytest.mark.parametrize(
+    "field",
+    ["temperature", "max_tokens", "seed", "top_p", "top_k", "min_p", "n", "logprobs", "presence_penalty",
+     "frequency_penalty", "repetition_penalty"],
+)  # fmt: skip
 def test_numbers_of_any_size_are_refused_or_answered(strict: Running, field: str, number: str) -> None:
-    body = f'{{"model": "base", "prompt": "the", "max_tokens": 1, "{field}": {number}}}'
-    assert strict.ask("/v1/completions", body.encode())[0] in (200, 400), number
+    for limits in ("", ', "top_p": 0.9', ', "temperature": 0'):
+        body = f'{{"model": "base", "prompt": "the", "max_tokens": 1, "{field}": {number}{limits}}}'
+        assert strict.ask("/v1/completions", body.encode())[0] in (200, 400), body
+    assert strict.ask("/v1/completions", {"model": "base", "prompt": "the", "max_tokens": 1})[0] == 200
+
+
+@pytest.mark.parametrize("number", ["1" * 30, "-" + "1" * 30, str(2**63), str(2**31), "-1"])
+def test_ids_of_any_size_are_refused(strict: Running, number: str) -> None:
+    asked = [
+        ("/v1/completions", f'"prompt": [{number}]'),
+        ("/v1/completions", f'"prompt": "x", "logit_bias": {{"{number}": 1}}'),
+        ("/v1/embeddings", f'"input": [{number}]'),
+        ("/v1/embeddings", f'"input": "x", "dimensions": {number}'),
+        ("/detokenize", f'"tokens": [{number}]'),
+        ("/v1/chat/completions", f'"messages": [{{"role": "user", "content": "x"}}], "top_logprobs": {number}'),
+    ]
+    for route, fields in asked:
+        assert strict.ask(route, f'{{"model": "base", {fields}}}'.encode())[0] == 400, (route, fields)
+    assert strict.ask("/v1/completions", {"model": "base", "prompt": "the", "max_tokens": 1})[0] == 200
 
 
 def test_what_a_client_wrote_is_not_told_back_in_megabytes(strict: Running) -> None:

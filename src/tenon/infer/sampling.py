@@ -30,6 +30,8 @@ _MASK64 = (1 << 64) - 1
 _CANDIDATES = {"cpu": (128, 4096), "cuda": (1024, 16_384)}
 # Temperatures below are greedy: fp32 divides by no less.
 _LEAST_TEMPERATURE = 1e-30
+# More tokens than any vocabulary has.
+_MOST_TOP_K = 1 << 31
 # Ids of a block: the walk finds the block first, then the id. About the square root of a vocabulary.
 _BLOCK_IDS = 256
 
@@ -121,7 +123,8 @@ def _rules(rows: Sequence[int], draws: Sequence[Draw], device: torch.device) -> 
         [request.min_p for request in requests],
         [uniform(draws[s].request.seed, draws[s].position) for s in rows],
     )
-    whole = (np.array(rows), np.array([request.top_k for request in requests]))
+    # A client may ask for more than an int64 holds.
+    whole = (np.array(rows), np.array([min(request.top_k, _MOST_TOP_K) for request in requests], dtype=np.int64))
     bits = [np.array(column, dtype=np.float64).view(np.int64) for column in floats]
     rows_R, top_k_R, *rest = upload([*whole, *bits], device)
     temperature, top_p, min_p, drawn = (each.view(torch.float64)[:, None] for each in rest)

@@ -165,7 +165,7 @@ async def ask(
             stop_ids=frozenset() if asked.ignore_eos else target.stop_ids,
             temperature=1.0 if asked.temperature is None else asked.temperature,
             top_p=1.0 if asked.top_p is None else asked.top_p,
-            top_k=max(asked.top_k or 0, 0),
+            top_k=min(max(asked.top_k or 0, 0), desk.vocabulary),
             min_p=asked.min_p or 0.0,
             presence_penalty=asked.presence_penalty or 0.0,
             frequency_penalty=asked.frequency_penalty or 0.0,
