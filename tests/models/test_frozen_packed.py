@@ -13,7 +13,7 @@ from tenon.models.frozen_formats import make_frozen
 from tenon.models.frozen_packed import PackedLinear, can_pack, packed
 from tests.tiny import CPU, tiny_decoder
 
-SHAPES = [(960, 576), (5, 33), (576, 1536)]
+SHAPES = [(960, 576), (5, 33), (576, 1536), (256, 8192)]
 
 pytestmark = pytest.mark.skipif(
     not can_pack(torch.zeros(1, 1)), reason="this build of torch has no packed products for this processor"

@@ -58,7 +58,7 @@ def test_the_openapi_document_has_every_route_with_its_errors(running: Running) 
     paths = document["paths"]
     assert set(paths) >= {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/ready", "/metrics"}
     chat = paths["/v1/chat/completions"]["post"]
-    assert set(chat["responses"]) == {"200", "400", "401", "403", "404", "408", "413", "422", "429", "503"}
+    assert set(chat["responses"]) == {"200", "400", "401", "403", "404", "408", "413", "422", "429", "500", "503"}
     refused = chat["responses"]["422"]["content"]["application/json"]["schema"]["$ref"]
     assert refused.endswith("ErrorBody")
     body = chat["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]

@@ -45,6 +45,14 @@ class PackedLinear:
         """(T, D) -> (T, O)."""
         if not x_TD.shape[0]:
             return x_TD.new_empty(0, self.outputs)
+        if x_TD.shape[0] == 1:
+            # A single row takes another way through oneDNN on some processors (AMD Zen 5), which adds long rows up in
+            # another order; from two rows on it is one way for all.
+            x_TD = x_TD.expand(2, -1)
+            return self._product(x_TD)[:1]
+        return self._product(x_TD)
+
+    def _product(self, x_TD: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x_TD, self._packed, self.bias_O, "none", [], "")
 
     def apply_transposed(self, dy_TO: Tensor, quantised: Fp8Rows | None = None) -> Tensor:  # noqa: ARG002
