@@ -131,6 +131,8 @@ async def soak(place: Place, seconds: float) -> list[Row]:
     free = await _slots_are_free(place, registry, draft, keys, tally)
     accounts = {key.tenant: key.account for _, key in kept}
     server = await _settled(place, book, list(accounts.values()))
+    for event in tally.unexpected[:20]:
+        print(f"unexpected: {event[:500]}", flush=True)
     return [
         Row("length", seconds, "s"),
         Row("requests sent", sum(tally.statuses.values()) + sum(tally.cut.values()), "requests"),

@@ -120,6 +120,18 @@ def test_a_body_that_goes_on_after_its_answer_is_thrown_away_and_then_cut_off(st
         assert drip(stubborn, b"x" * 200) < 4
 
 
+@pytest.mark.parametrize("last", [("Connection: close",), ()])
+def test_a_body_that_is_refused_early_does_not_cost_the_client_the_answer(strict: Running, last: tuple[str, ...]) -> None:
+    """The socket must not be reset for what was still on its way: a reset overtakes the answer."""
+    with raw(strict) as large:
+        large.sendall(head("/v1/completions", f"Content-Length: {5 << 20}", *last))
+        for _ in range(40):  # slowly, so that the answer is there first
+            large.sendall(b"x" * ((5 << 20) // 40))
+            time.sleep(0.005)
+        answer = large.recv(1 << 16)
+    assert answer.startswith(b"HTTP/1.1 413") and b'"error"' in answer
+
+
 def test_expect_100_continue(strict: Running) -> None:
     body = json.dumps({"model": "base", "prompt": "the", "max_tokens": 1}).encode()
     with raw(strict) as polite:

@@ -1,7 +1,8 @@
 """One client's connection: how long it may take to ask, to read, and to go away.
 
     header      a request's line and headers come within `header_seconds`
-    body        the middleware's (`middleware.BodyBound`); what comes after the answer is thrown away for a while
+    body        the middleware's (`middleware.BodyBound`); what comes after the answer is thrown away for a while, also
+                where the answer was the last one (`lingering`)
     answer      what was written is taken within `stalled_seconds`: at most `unsent_bytes` wait here, and while more
                 wait the answer is not continued; a client that takes too little in that time is cut off
     at all      no more connections than there are handles for
@@ -21,6 +22,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tenon.serve.http.api_errors import ApiError, error_body
+from tenon.serve.http.lingering import LingeringTransport
 
 # Handles that everything else needs: files, the engine, the listening socket.
 _OTHER_HANDLES = 128
@@ -66,7 +68,10 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """A client has come; it has to ask soon."""
-        super().connection_made(transport)
+        self._lingering = LingeringTransport(
+            transport, loop=self.loop, sends=self._client_sends, seconds=self._bounds.linger_seconds
+        )
+        super().connection_made(self._lingering)
         if len(self.connections) > self._bounds.most_connections:
             transport.abort()
             return
@@ -76,12 +81,15 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone, or was cut off."""
         super().connection_lost(exc)
+        self._lingering.gone()
         for timer in (self._reading, self._writing):
             if timer is not None:
                 timer.cancel()
 
     def data_received(self, data: bytes) -> None:
         """The next bytes of a request."""
+        if self._lingering.lingers:
+            return
         super().data_received(data)
         self._watch_reading()
 
@@ -106,6 +114,7 @@ class Connection(H11Protocol):
     def shutdown(self) -> None:
         """The server ends."""
         super().shutdown()
+        self._lingering.hurry()
         self._watch_writing()
 
     def send_400_response(self, msg: str) -> None:
@@ -122,6 +131,10 @@ class Connection(H11Protocol):
             self.transport.close()
         except h11.LocalProtocolError:
             self.transport.abort()
+
+    def _client_sends(self) -> bool:
+        """Whether there may be more of a request, or of what is none."""
+        return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
 
     def _watch_reading(self) -> None:
         """Give what the client has begun its time: a header, or a body whose answer is complete already."""
