@@ -121,7 +121,9 @@ def test_a_body_that_goes_on_after_its_answer_is_thrown_away_and_then_cut_off(st
 
 
 @pytest.mark.parametrize("last", [("Connection: close",), ()])
-def test_a_body_that_is_refused_early_does_not_cost_the_client_the_answer(strict: Running, last: tuple[str, ...]) -> None:
+def test_a_body_that_is_refused_early_does_not_cost_the_client_the_answer(
+    strict: Running, last: tuple[str, ...]
+) -> None:
     """The socket must not be reset for what was still on its way: a reset overtakes the answer."""
     with raw(strict) as large:
         large.sendall(head("/v1/completions", f"Content-Length: {5 << 20}", *last))
