@@ -66,7 +66,9 @@ def started(root: Path, base: str, settings: Settings, *, context_tokens: int = 
     """A server over its own registry, with some adapters that stay and some to register."""
     fixed = make_adapters(root / "fixed", base, ranks=(4, 16), prefix="fixed", settings=settings)
     spare = make_adapters(root / "spare", base, ranks=(2, 4, 8, 12, 24), seed=1, prefix="spare", settings=settings)
+    # So small a cache that all of it has been touched when the first third is over, and rows wait for it now and then.
     words = ["--port", "0", "--json", "--rows", "8", "--slots", str(SLOTS), "--context", str(context_tokens)]
+    words += ["--cache", "300MB"]
     process = subprocess.Popen(
         [sys.executable, "-m", "tenon.cli.main", "serve", base, *words],
         env=child_environment(settings),

@@ -1,7 +1,8 @@
-"""Draws: the same limits as transformers, greedy with ties to the lowest id, one uniform number a position."""
+"""Draws: the same limits as transformers, greedy with ties to the lowest id, a race of all tokens at each position."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -15,7 +16,7 @@ from transformers import (
 from tenon.errors import UsageError
 from tenon.infer import sampling
 from tenon.infer.requests import Request
-from tenon.infer.sampling import Draw, uniform
+from tenon.infer.sampling import Draw, waiting_times
 
 
 def kept_tokens(logits_V: torch.Tensor, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,14 +31,33 @@ def kept_tokens(logits_V: torch.Tensor, request: Request) -> tuple[torch.Tensor,
     return ids_V[keep_V], probabilities_V[keep_V] / probabilities_V[keep_V].sum()
 
 
+MASK = (1 << 64) - 1
+
+
+def mixed(value: int) -> int:
+    """SplitMix64 in whole numbers: a step and the finaliser."""
+    value = (value + 0x9E3779B97F4A7C15) & MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
+    return value ^ (value >> 31)
+
+
+def times_plainly(seed: int, position: int, ids: np.ndarray) -> np.ndarray:
+    """The waiting times of tokens, in float64 from unsigned numbers."""
+    state = np.uint64(mixed((mixed(seed & MASK) + position + 1) & MASK))
+    with np.errstate(over="ignore"):
+        z = state + (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    return -np.log1p(-((z >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)
+
+
 def drawn_plainly(logits_V: torch.Tensor, draw: Draw) -> int:
-    """The token that one row draws: the walk over what is kept goes by id."""
+    """The token that one row draws: of what is kept, the first to come."""
     ids_V, probabilities_V = kept_tokens(logits_V, draw.request)
-    ids_V, order_V = ids_V.sort()
-    edges_V = probabilities_V[order_V].cumsum(0)
-    point = uniform(draw.request.seed, draw.position) * float(edges_V[-1])
-    index = int(torch.searchsorted(edges_V, torch.tensor(point, dtype=torch.float64), right=True))
-    return int(ids_V[min(index, len(ids_V) - 1)])
+    times = times_plainly(draw.request.seed, draw.position, ids_V.numpy())
+    return int(ids_V[np.argmax(probabilities_V.numpy() / times)])
 
 
 def sample(logits_SV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
@@ -93,13 +113,12 @@ def test_rows_drawn_together_are_those_drawn_one_by_one(kind: str, vocabulary: i
 
 @pytest.mark.parametrize("limits", [{}, {"temperature": 0.8, "top_p": 0.95}, {"top_k": 900}, {"min_p": 0.001}])
 def test_the_last_bits_of_scores_hardly_ever_change_a_draw(limits: dict[str, float]) -> None:
-    """They differ with a batch's shape. In a long flat tail thousands of neighbours change places for that."""
+    """They differ with a batch's shape, by far less than here. In a long flat tail all neighbours change places."""
     generator = torch.Generator().manual_seed(9)
-    logits = torch.randn((400, 20_000), generator=generator)
-    shaken = logits + 2e-6 * torch.randn(logits.shape, generator=generator)
-    assert (logits.argsort(dim=1) != shaken.argsort(dim=1)).any(dim=1).all()
+    logits = torch.randn((1000, 20_000), generator=generator)
+    shaken = logits + 1e-4 * torch.randn(logits.shape, generator=generator)
     draws = [Draw(request_with(**limits, seed=3), i) for i in range(len(logits))]
-    assert (sample(logits, draws) != sample(shaken, draws)).sum() <= 1
+    assert (sample(logits, draws) != sample(shaken, draws)).sum() <= 2
 
 
 def test_what_is_not_drawn_and_what_is_not_finite_stops_nobody() -> None:
@@ -180,14 +199,20 @@ def test_draws_follow_the_probabilities() -> None:
     assert torch.allclose(counts / 4000, logits.softmax(0), atol=0.03)
 
 
-def test_uniform_is_a_function_of_seed_and_position() -> None:
-    numbers = [uniform(seed, position) for seed in range(60) for position in range(60)]
-    assert len(set(numbers)) == 3600
-    assert all(0.0 <= number < 1.0 for number in numbers)
-    assert abs(sum(numbers) / 3600 - 0.5) < 0.02
-    neighbours = [uniform(s, p) - uniform(s, p + 1) for s in range(60) for p in range(60)]
-    assert abs(sum(n * n for n in neighbours) / 3600 - 1 / 6) < 0.02  # independent uniforms: 2 * 1/12
-    assert uniform(-1, 5) == uniform(-1, 5) != uniform(1, 5)
+def test_waiting_times_are_exponential_and_independent() -> None:
+    states = [mixed((mixed(seed) + position + 1) & MASK) for seed in range(8) for position in range(8)]
+    stream = torch.tensor([state - (1 << 64) if state >> 63 else state for state in states])[:, None]
+    times = waiting_times(stream, torch.arange(20_000)).double()
+    expected = np.stack([times_plainly(s, p, np.arange(20_000)) for s in range(8) for p in range(8)])
+    assert np.allclose(np.expm1(-times.numpy()), np.expm1(-expected), rtol=3e-7, atol=0)
+    assert torch.unique(times.float()).numel() > 0.95 * times.numel() and times.min() > 0
+    for quantile in (0.001, 0.1, 0.5, 0.9, 0.999):
+        at = -np.log1p(-quantile)
+        assert (
+            abs(float((times < at).double().mean()) - quantile) < 6 * (quantile * (1 - quantile) / times.numel()) ** 0.5
+        )
+    for a, b in ((times[:, 1:], times[:, :-1]), (times[1:], times[:-1]), (times[8:], times[:-8])):
+        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.005
 
 
 def test_a_tiny_temperature_is_greedy() -> None:

@@ -1,13 +1,15 @@
 """The next token from its scores: greedy, or drawn from what temperature, top-k, top-p and min-p leave.
 
-A draw uses one uniform number, made by counter from the request's (seed, position): the same request gives the same
-tokens alone, in any batch, and after a restart. It walks what the limits leave in the order of the ids: scores differ
-in their last bits with a batch's shape, and among the many nearly equal ones of a tail the order of likelihood would
-differ with them, and the draw. Limits need the likeliest tokens in order; sorting a whole vocabulary for that costs
-more than a small model's pass, so a few are looked at first, and more only for a row whose limits they do not settle.
+A draw is a race: every token has a waiting time of its own, exponential with its probability as the rate, and the first
+to come is drawn (the Gumbel-max trick; Maddison, Tarlow, Minka 2014). The times are made by counter from the request's
+seed, the position and the token's id, so the same request gives the same tokens alone, in any batch, and after a
+restart. A walk along the probabilities with one number would not: scores differ in their last bits with a batch's
+shape, and every edge of the walk moves with the sum of all that lies before it. In a race two tokens change places only
+when they come at nearly the same time. Nothing is sorted but for top-k and top-p, which need the likeliest tokens in
+order: a few are looked at first, and more only for a row whose limits they do not settle.
 
-Shape legend: S scored positions, R of them that are drawn, V vocabulary, C candidates, B blocks of E ids each. This
-module knows no cache.
+Shape legend: S scored positions, R of them that are drawn, V vocabulary, C candidates, N tokens of either. This module
+knows no cache.
 """
 
 from __future__ import annotations
@@ -32,8 +34,10 @@ _CANDIDATES = {"cpu": (128, 4096), "cuda": (1024, 16_384)}
 _LEAST_TEMPERATURE = 1e-30
 # More tokens than any vocabulary has.
 _MOST_TOP_K = 1 << 31
-# Ids of a block: the walk finds the block first, then the id. About the square root of a vocabulary.
-_BLOCK_IDS = 256
+# Tokens whose numbers, 8 bytes each, lie in a core's second cache.
+_CACHED_TOKENS = 1 << 17
+# SplitMix64: what its states are apart, and its finaliser's two factors.
+_GAMMA, _FACTORS = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +68,13 @@ class Chosen:
 
 @dataclass(frozen=True, slots=True)
 class _Rules:
-    """Columns (R, 1) of the drawn rows: limits, and each row's uniform number. top_k: 0 is all."""
+    """Columns (R, 1) of the drawn rows: limits, and where each row's stream of numbers begins. top_k: 0 is all."""
 
     temperature_R1: Tensor
     top_p_R1: Tensor
     top_k_R1: Tensor
     min_p_R1: Tensor
-    uniform_R1: Tensor
+    stream_R1: Tensor
 
 
 def sample(logits_SV: Tensor, draws: Sequence[Draw]) -> Chosen:
@@ -121,35 +125,40 @@ def _rules(rows: Sequence[int], draws: Sequence[Draw], device: torch.device) -> 
         [request.temperature for request in requests],
         [request.top_p for request in requests],
         [request.min_p for request in requests],
-        [uniform(draws[s].request.seed, draws[s].position) for s in rows],
     )
     # A client may ask for more than an int64 holds.
-    whole = (np.array(rows), np.array([min(request.top_k, _MOST_TOP_K) for request in requests], dtype=np.int64))
+    top_k = [min(request.top_k, _MOST_TOP_K) for request in requests]
+    streams = [_signed(_stream(draws[s].request.seed, draws[s].position)) for s in rows]
+    whole = [np.array(column, dtype=np.int64) for column in (rows, top_k, streams)]
     bits = [np.array(column, dtype=np.float64).view(np.int64) for column in floats]
-    rows_R, top_k_R, *rest = upload([*whole, *bits], device)
-    temperature, top_p, min_p, drawn = (each.view(torch.float64)[:, None] for each in rest)
-    return rows_R, _Rules(temperature, top_p, top_k_R[:, None], min_p, drawn)
+    rows_R, top_k_R, stream_R, *rest = upload([*whole, *bits], device)
+    temperature, top_p, min_p = (each.view(torch.float64)[:, None] for each in rest)
+    return rows_R, _Rules(temperature, top_p, top_k_R[:, None], min_p, stream_R[:, None])
 
 
 def _draw_freely(logits_RV: Tensor, rules: _Rules) -> Tensor:
     """ids_R from the whole vocabulary: no limits, so nothing is sorted."""
     weights_RV = _weights(logits_RV, logits_RV.amax(dim=1, keepdim=True), rules)
-    padding = -weights_RV.shape[1] % _BLOCK_IDS
-    weights_RBE = torch.nn.functional.pad(weights_RV, (0, padding)).unflatten(1, (-1, _BLOCK_IDS))
-    edges_RB = weights_RBE.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
-    point_R1 = rules.uniform_R1 * edges_RB[:, -1:]
-    block_R1 = _walk(edges_RB, point_R1)
-    before_R1 = torch.where(block_R1 > 0, edges_RB.gather(1, (block_R1 - 1).clamp(min=0)), 0.0)
-    weights_RE = weights_RBE.gather(1, block_R1[:, :, None].expand(-1, -1, _BLOCK_IDS))[:, 0]
-    edges_RE = weights_RE.cumsum(dim=1, dtype=torch.float64)
-    ids_R = (block_R1 * _BLOCK_IDS + _walk(edges_RE, point_R1 - before_R1))[:, 0]
-    return ids_R.clamp(max=logits_RV.shape[1] - 1)
+    ids_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
+    # A CPU goes over few rows at a time, so that what is between lies in its cache.
+    rows = max(_CACHED_TOKENS // len(ids_V), 1) if logits_RV.device.type == "cpu" else len(logits_RV)
+    pieces = zip(weights_RV.split(rows), rules.stream_R1.split(rows), strict=True)
+    return torch.cat([weights.div_(waiting_times(stream, ids_V)).argmax(dim=1) for weights, stream in pieces])
 
 
-def _walk(edges_RN: Tensor, point_R1: Tensor) -> Tensor:
-    """(R, 1): the first whose upper edge lies beyond the point, and never one without a share of its own."""
-    last_R1 = (edges_RN < edges_RN[:, -1:]).sum(dim=1, keepdim=True)  # where rounding takes the point to the very end
-    return torch.minimum((edges_RN <= point_R1).sum(dim=1, keepdim=True), last_R1)
+def waiting_times(stream_R1: Tensor, ids_N: Tensor) -> Tensor:
+    """(R, N) in fp32: exponential with rate 1, a function of a row's stream and a token's id alone.
+
+    stream_R1: int64. ids: int64, (N) or (R, N). Source: SplitMix64 (Steele, Lea, Flood 2014); its states are `stream`
+    and so many steps of it as the id says.
+    """
+    z_RN = stream_R1 + (ids_N + 1) * _signed(_GAMMA)
+    for shift, factor in zip((30, 27), _FACTORS, strict=True):
+        z_RN ^= (z_RN >> shift).bitwise_and_((1 << (64 - shift)) - 1)  # as if it had no sign
+        z_RN *= _signed(factor)
+    z_RN ^= (z_RN >> 31).bitwise_and_((1 << 33) - 1)
+    uniform_RN = (z_RN >> 11).bitwise_and_((1 << 53) - 1).float().add_(0.5).mul_(2.0**-53)  # never 0
+    return uniform_RN.neg_().log1p_().neg_()
 
 
 def _weights(logits_RV: Tensor, highest_R1: Tensor, rules: _Rules) -> Tensor:
@@ -180,9 +189,8 @@ def _draw(logits_RV: Tensor, rules: _Rules, candidates: int) -> tuple[Tensor, Te
     # Closed: the last token that the limits leave is among the candidates.
     count_R1 = kept_RC.sum(dim=1, keepdim=True)
     closed_R1 = limited_R1 | ((top_k_R1 == vocabulary) & (count_R1 < certain_R1))
-    ids_RC, order_RC = ids_RC.sort(dim=1)
-    edges_RC = (probabilities_RC * kept_RC).gather(1, order_RC).cumsum(dim=1)
-    index_R1 = _walk(edges_RC, rules.uniform_R1 * edges_RC[:, -1:])
+    arrivals_RC = (weights_RC / waiting_times(rules.stream_R1, ids_RC)).masked_fill_(~kept_RC, -1.0)
+    index_R1 = arrivals_RC.argmax(dim=1, keepdim=True)
     return ids_RC.gather(1, index_R1)[:, 0], (closed_R1 & (certain_R1 > 0))[:, 0]
 
 
@@ -202,16 +210,19 @@ def _likeliest(logits_RV: Tensor, candidates: int) -> tuple[Tensor, Tensor, Tens
     return ids_RC.gather(1, order_RC), logits_RC, certain_R1
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) with 53 random bits, a function of (seed, position) alone.
-
-    Source: the finaliser of SplitMix64 (Steele, Lea, Flood 2014), applied to the seed and then to the position.
-    """
-    return (_mix64(_mix64(seed & _MASK64) + position + 1) >> 11) * 2.0**-53
+def _stream(seed: int, position: int) -> int:
+    """Where a request's numbers for one position begin: 64 bits, a function of (seed, position) alone."""
+    return _mix64(_mix64(seed & _MASK64) + position + 1)
 
 
 def _mix64(value: int) -> int:
-    value = (value + 0x9E3779B97F4A7C15) & _MASK64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    """A step of SplitMix64 and its finaliser."""
+    value = (value + _GAMMA) & _MASK64
+    value = ((value ^ (value >> 30)) * _FACTORS[0]) & _MASK64
+    value = ((value ^ (value >> 27)) * _FACTORS[1]) & _MASK64
     return value ^ (value >> 31)
+
+
+def _signed(bits: int) -> int:
+    """The int64 of the same bits."""
+    return bits - (1 << 64) if bits >> 63 else bits
