@@ -173,8 +173,8 @@ def test_what_is_to_leave_goes_once_nobody_needs_it(house: House, tmp_path: Path
         low = house.registry.get("low").adapter_hash
         running.engines.unload("nobody")
         running.engines.unload(low)
-        wait_until(lambda: not running.engines.resident)
-        assert [line["name"] for line in running.asked("unload")] == [low]
+        wait_until(lambda: bool(running.asked("unload")))
+        assert [line["name"] for line in running.asked("unload")] == [low] and not running.engines.resident
         assert completion(running.ask([50], "low")[1].end()).ids[0] == 52 and running.engines.resident == {low}
 
 

@@ -75,20 +75,22 @@ def _take_part(
     """The work of one rank, from meeting the others to the end."""
     ranks = meet(run, plan, settings)
     stop, resume = StopSignal(ranks), f"tenon resume {run.path}"
-    try:
-        with stop.listening(), sampling, gpu_errors(resume=resume), memory_errors(resume=resume):
-            _work(run, plan, settings, emit, stop, ranks)
-    except StopNow:
-        stop.settle()
-        emit("stopped")
-        stopped = StopRequestedError("run-stopped", "stopped; everything done so far is saved", hint=resume)
-        ranks.part(stopped)
-        raise stopped from None
-    except TenonError as error:
-        ranks.part(error)
-        raise
-    finally:
-        ranks.close()
+    # Listening to the end: where one rank is lost the others are told to stop, and that is not what ended the run.
+    with stop.listening():
+        try:
+            with sampling, gpu_errors(resume=resume), memory_errors(resume=resume):
+                _work(run, plan, settings, emit, stop, ranks)
+        except StopNow:
+            stop.settle()
+            emit("stopped")
+            stopped = StopRequestedError("run-stopped", "stopped; everything done so far is saved", hint=resume)
+            ranks.part(stopped)
+            raise stopped from None
+        except TenonError as error:
+            ranks.part(error)
+            raise
+        finally:
+            ranks.close()
 
 
 def _work(run: RunFolder, plan: Plan, settings: Settings, emit: Emit, stop: StopSignal, ranks: Ranks) -> None:

@@ -123,6 +123,8 @@ def work(argv: Sequence[str], load_pipeline: Callable[[], Pipeline]) -> int:
             else:
                 _answer(kind, request, pipeline=pipeline, channel=channel, settings=settings)
     except TenonError as error:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # it ends anyway, and is to say why
         channel.emit("error", code=error.code, what=error.what, got=error.got, hint=error.hint)
         return error.exit_status
     return 0
