@@ -10,7 +10,7 @@ from tenon.infer.generate import generate
 from tenon.infer.requests import Request
 from tenon.models.frozen import DenseLinear
 from tenon.models.frozen_formats import make_frozen
-from tenon.models.frozen_packed import PackedLinear, can_pack, packed
+from tenon.models.frozen_packed import PackedLinear, can_pack, packed, padded_rows
 from tests.tiny import CPU, tiny_decoder
 
 SHAPES = [(960, 576), (5, 33), (576, 1536), (256, 8192)]
@@ -52,6 +52,12 @@ def test_p33_a_row_has_the_same_bits_alone_and_beside_others(outputs: int, input
     together = linear.apply(x)
     for rows in (1, 2, 7, 16, 33):
         assert torch.equal(linear.apply(x[:rows]), together[:rows]), rows
+
+
+def test_products_have_few_numbers_of_rows() -> None:
+    sizes = {rows: padded_rows(rows) for rows in range(1, 257)}
+    assert all(rows <= size <= max(rows + 1, 1.25 * rows) for rows, size in sizes.items())
+    assert len(set(sizes.values())) == 15 + 12 + 12 and padded_rows(2049) == 2112
 
 
 def test_weights_go_in_and_come_out() -> None:

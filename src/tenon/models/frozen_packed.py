@@ -45,15 +45,13 @@ class PackedLinear:
         """(T, D) -> (T, O)."""
         if not x_TD.shape[0]:
             return x_TD.new_empty(0, self.outputs)
-        if x_TD.shape[0] == 1:
-            # A single row takes another way through oneDNN on some processors (AMD Zen 5), which adds long rows up in
-            # another order; from two rows on it is one way for all.
-            x_TD = x_TD.expand(2, -1)
-            return self._product(x_TD)[:1]
-        return self._product(x_TD)
-
-    def _product(self, x_TD: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x_TD, self._packed, self.bias_O, "none", [], "")
+        rows = x_TD.shape[0]
+        padded = padded_rows(rows)
+        if padded != rows:
+            wide_TD = x_TD.new_zeros(padded, self.inputs)
+            wide_TD[:rows] = x_TD
+            x_TD = wide_TD
+        return torch.ops.mkldnn._linear_pointwise(x_TD, self._packed, self.bias_O, "none", [], "")[:rows]
 
     def apply_transposed(self, dy_TO: Tensor, quantised: Fp8Rows | None = None) -> Tensor:  # noqa: ARG002
         """(T, O) -> (T, D)."""
@@ -75,6 +73,20 @@ class PackedLinear:
         there = copy(self)
         there._packed, there.bias_O = _pack(take(self._packed.to_dense())), moved_bias(self.bias_O, take)
         return there
+
+
+def padded_rows(rows: int) -> int:
+    """So many rows are multiplied for so many.
+
+    oneDNN makes a kernel for every number of rows at every weight's shape, half a megabyte each, and keeps a thousand:
+    a server grew by hundreds of megabytes in its first hour. Of few rows each number has its own, of many only some do.
+    A lone row goes as two: alone it takes another way on some processors (AMD Zen 5), which adds long rows up in
+    another order.
+    """
+    for limit, step in ((16, 1), (64, 4), (256, 16)):
+        if rows <= limit:
+            return max(-(-rows // step) * step, 2)
+    return -(-rows // 64) * 64
 
 
 def packed(linear: FrozenLinear) -> FrozenLinear:
