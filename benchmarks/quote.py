@@ -24,6 +24,7 @@ DOCUMENTS = (
     "docs/benchmarks.md",
     "docs/serving.md",
     "docs/vllm.md",
+    "docs/decisions/draws.md",
 )
 _QUOTE = re.compile(r"<!-- figure (\S+) :: (.+?) :: (\S+) -->(.*?)<!-- /figure -->", re.DOTALL)
 
