@@ -20,6 +20,7 @@ from tests.serve.house import LONG, House, Running, serving, wait_until
 SHORT = Bounds(header_seconds=0.5, body_seconds=0.7, stalled_seconds=1.0, linger_seconds=0.5)
 # Each of its tokens is told with the twenty likeliest: some 1.5 kB.
 WORDY = {"model": "base", "stream": True, "logprobs": 20, **LONG}
+LONG_FRACTION = "0." + "1" * 5000
 ORIGIN = "https://chat.example.org"
 
 
@@ -268,6 +269,7 @@ def test_what_is_nested_deeply_is_refused_or_answered(strict: Running, depth: in
         "NaN",
         "Infinity",
         "1e-999",
+        LONG_FRACTION,
         "0." + "1" * 5000,
     ],
 )
