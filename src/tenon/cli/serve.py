@@ -142,7 +142,7 @@ def serve(
     """
     from tenon.plan.replicas import plan_replicas
     from tenon.plan.requests import ServeRequest
-    from tenon.plan.serving import Room, describe_memory, plan_cache, plan_context
+    from tenon.plan.serving import CACHE_BYTES, Room, describe_memory, plan_cache, plan_context
     from tenon.service.environment import require_tracing
     from tenon.service.foreign import find_vllm
     from tenon.service.serving import open_base, public_name
@@ -166,7 +166,8 @@ def serve(
     )
     room = Room(slots, rows, plan_context(engine, context))
     machines = [engine.machine] if several is None else [seat.machine for seat in several.seats]
-    cache_bytes = plan_cache(engine, machines, room, asked_cache)
+    # What vLLM holds beside its cache is vLLM's to count.
+    cache_bytes = asked_cache or CACHE_BYTES if foreign else plan_cache(engine, machines, room, asked_cache)
     request = ServeRequest(
         engine=engine,
         name=public_name(engine.base),

@@ -71,6 +71,20 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class Cancel:
+    """Nobody waits for a job any more: a word of the queue to who makes sequences."""
+
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    """An adapter is to go once nobody needs it: another such word."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """rows: sequences at a time. context_tokens: longest sequence, prompt and answer together. cache_bytes: keys and
     values of all sequences, and of beginnings that are remembered. pass_tokens: most tokens of one pass. slots:

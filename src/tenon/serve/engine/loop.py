@@ -33,24 +33,27 @@ from tenon.serve.engine.compiling import Compiling
 from tenon.serve.engine.parity import Check, Computing, require_vocabulary
 from tenon.serve.engine.residency import Bounds, ReadFiles, ReadProbes, Residency
 from tenon.serve.engine.waiting import WaitingJobs
-from tenon.serve.jobs import AdapterRef, Deliver, Ended, Event, Failed, Job, Limits, Load, Mailbox, Waits
+from tenon.serve.jobs import (
+    AdapterRef,
+    Cancel,
+    Deliver,
+    Ended,
+    Event,
+    Failed,
+    Job,
+    Limits,
+    Load,
+    Mailbox,
+    Unload,
+    Waits,
+)
 
 # How long to sleep while nothing can be computed and a slot is on its way, which tells nobody that it is there.
 _ARRIVAL_SECONDS = 0.001
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-@dataclass(frozen=True, slots=True)
-class _Cancel:
-    job: Job
-
-
-@dataclass(frozen=True, slots=True)
-class _Unload:
-    key: str
-
-
-_Word = Job | _Cancel | _Unload | Literal["wake", "stop"]
+_Word = Job | Cancel | Unload | Literal["wake", "stop"]
 
 
 @dataclass(slots=True)
@@ -173,11 +176,11 @@ class EngineLoop:
 
     def cancel(self, job: Job) -> None:
         """End a job before the next pass: its place in the cache is free then. Harmless when it has ended."""
-        self._inbox.put(_Cancel(job))
+        self._inbox.put(Cancel(job))
 
     def unload(self, key: str) -> None:
         """Let an adapter go once nobody needs it."""
-        self._inbox.put(_Unload(key))
+        self._inbox.put(Unload(key))
 
     def wake(self) -> None:
         """Have a turn made, also when there is nothing to do: whoever hears of it knows that the engine is well."""
@@ -218,9 +221,9 @@ class EngineLoop:
     def _take_in(self, word: _Word) -> None:
         if isinstance(word, Job):
             self._unprepared.append(word)
-        elif isinstance(word, _Cancel):
+        elif isinstance(word, Cancel):
             self._end(word.job)
-        elif isinstance(word, _Unload):
+        elif isinstance(word, Unload):
             self._residency.unload(word.key)
         elif word == "stop":
             self._stopped = True

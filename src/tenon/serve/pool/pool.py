@@ -23,7 +23,20 @@ from typing import Any, Literal
 
 from tenon.errors import StopRequestedError, TenonError
 from tenon.infer.requests import Completion
-from tenon.serve.jobs import Deliver, Ended, Event, Failed, Job, Limits, Load, Mailbox, nearest, sum_traffic
+from tenon.serve.jobs import (
+    Cancel,
+    Deliver,
+    Ended,
+    Event,
+    Failed,
+    Job,
+    Limits,
+    Load,
+    Mailbox,
+    Unload,
+    nearest,
+    sum_traffic,
+)
 from tenon.serve.pool.fleet import Fleet
 from tenon.serve.pool.flight import Flight, suspects
 from tenon.serve.pool.job_lines import Pass, cancel_line, job_line, unload_line
@@ -70,17 +83,7 @@ class PoolFacts:
     restarts: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Cancel:
-    job: Job
-
-
-@dataclass(frozen=True, slots=True)
-class _Unload:
-    key: str
-
-
-_Word = Job | _Cancel | _Unload | Literal["stop", "roll"]
+_Word = Job | Cancel | Unload | Literal["stop", "roll"]
 
 
 class EnginePool:
@@ -119,11 +122,11 @@ class EnginePool:
 
     def cancel(self, job: Job) -> None:
         """End a job as soon as can be. Harmless when it has ended."""
-        self._put(_Cancel(job))
+        self._put(Cancel(job))
 
     def unload(self, key: str) -> None:
         """Have every engine let an adapter go once nobody needs it there."""
-        self._put(_Unload(key))
+        self._put(Unload(key))
 
     def stop(self) -> None:
         """Let `run` return soon; what runs then is failed."""
@@ -196,9 +199,9 @@ class EnginePool:
             if isinstance(word, Job):
                 self._flights[word] = flight = Flight(word, now)
                 self._waiting.append(flight)
-            elif isinstance(word, _Cancel):
+            elif isinstance(word, Cancel):
                 self._cancel(word.job)
-            elif isinstance(word, _Unload):
+            elif isinstance(word, Unload):
                 for replica in self._fleet.ready:
                     replica.pipe.send(unload_line(word.key))
             elif word == "roll":
