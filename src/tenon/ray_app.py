@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from ray import serve  # pyright: ignore[reportMissingImports]
 
 from tenon.plan.requests import ServeRequest
-from tenon.plan.serving import Room, plan_cache, plan_context
+from tenon.plan.serving import plan_server
 from tenon.registry.store import Registry
 from tenon.serve.run import Front
 from tenon.service.serving import open_base, public_name
@@ -93,14 +93,16 @@ def replica(args: Arguments) -> Asgi:
 
     settings = read_settings()
     engine = open_base(args.base, settings)
-    room = Room(slots=args.slots, rows=args.rows, context_tokens=plan_context(engine, args.context))
+    plan = plan_server(
+        engine, slots=args.slots, rows=args.rows, context_tokens=args.context, cache_bytes=parse_bytes(args.cache)
+    )
     request = ServeRequest(
         engine=engine,
         name=public_name(engine.base),
         slots=args.slots,
         rows=args.rows,
-        context_tokens=room.context_tokens,
-        cache_bytes=plan_cache(engine, [engine.machine], room, parse_bytes(args.cache)),
+        context_tokens=plan.room.context_tokens,
+        cache_bytes=plan.cache_bytes,
         queue=args.queue,
         drain_seconds=args.drain,
     )

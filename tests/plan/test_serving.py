@@ -8,8 +8,17 @@ from tenon.bases.facts import MODULE_PATHS
 from tenon.errors import PlanError
 from tenon.plan.fit import usable_bytes
 from tenon.plan.precision import resident_format
-from tenon.plan.requests import Engine
-from tenon.plan.serving import CACHE_BYTES, Room, describe_memory, plan_cache, plan_context, server_terms, token_bytes
+from tenon.plan.requests import Engine, Replicas, Seat
+from tenon.plan.serving import (
+    CACHE_BYTES,
+    Room,
+    describe_memory,
+    plan_cache,
+    plan_context,
+    plan_server,
+    server_terms,
+    token_bytes,
+)
 from tenon.plan.values import Frozen, MachineFacts
 from tests.plan.situations import CPU, GB, H100, LLAMA_8B, base_of
 
@@ -32,7 +41,7 @@ def test_an_8b_base_on_a_large_gpu_is_its_weights_its_shelf_and_little_more() ->
     assert plan_cache(ON_H100, [H100], ROOM, None) == CACHE_BYTES
     assert plan_cache(ON_H100, [H100], ROOM, 40 * GB) == 40 * GB
     words = describe_memory(ON_H100, H100, ROOM, 2 * GB)
-    assert words.startswith("about ") and "base 16.4 GB" in words and "cache 2.0 GB" in words
+    assert words.startswith("about ") and "base in bf16 16.4 GB" in words and "cache 2.0 GB" in words
 
 
 def test_the_cache_takes_what_is_left_and_no_less_than_one_sequence() -> None:
@@ -59,6 +68,27 @@ def test_what_is_said_to_fit_fits() -> None:
     assert "--base-precision nf4" in error.value.hint
     changed = ON_H100.model_copy(update={"frozen": Frozen(format="nf4")})
     assert plan_cache(changed, [small], ROOM, None) == CACHE_BYTES
+
+
+def test_a_cache_that_holds_no_sequence_is_refused_for_either_engine() -> None:
+    for by_vllm, block in ((False, 64), (True, 128)):
+        one = (1024 + block) * token_bytes(ON_H100)
+        asked = {"slots": 8, "rows": 16, "context_tokens": 1024, "by_vllm": by_vllm}
+        assert plan_server(ON_H100, cache_bytes=one, **asked).cache_bytes == one
+        with pytest.raises(PlanError, match="does not hold one sequence of 1,024 tokens") as error:
+            plan_server(ON_H100, cache_bytes=one - 1, **asked)
+        assert error.value.code == "plan-cache" and "--context" in error.value.hint
+
+
+def test_a_server_s_plan_is_that_of_its_smallest_engine() -> None:
+    small = with_memory(24)
+    seats = (Seat(machine=H100), Seat(machine=small))
+    alone = plan_server(ON_H100, slots=8, rows=16)
+    several = plan_server(ON_H100, slots=8, rows=16, replicas=Replicas(seats=seats))
+    assert alone.cache_bytes == CACHE_BYTES and alone.room == ROOM
+    assert several.cache_bytes == plan_cache(ON_H100, [small], ROOM, None) < CACHE_BYTES
+    assert several.memory == describe_memory(ON_H100, small, ROOM, several.cache_bytes)
+    assert plan_server(ON_H100, slots=8, rows=16, by_vllm=True).memory is None, "vLLM counts its own"
 
 
 def test_slots_cost_what_they_hold() -> None:

@@ -98,7 +98,7 @@ def test_sigterm_under_load_finishes_what_runs_and_takes_nothing_new(house: Hous
                 finally:
                     connection.close()
 
-        hammering = [threading.Thread(target=hammer) for _ in range(4)]
+        hammering = [threading.Thread(target=hammer, daemon=True) for _ in range(4)]
         for thread in hammering:
             thread.start()
         process.send_signal(signal.SIGTERM)

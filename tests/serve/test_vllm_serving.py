@@ -120,17 +120,17 @@ def planned(house: House, python: Path, **fields: Any) -> tuple[list[dict[str, A
 
 def test_what_vllm_cannot_do_is_refused_before_it_starts(house: House, tmp_path: Path) -> None:
     python = engine_python(tmp_path, FAKE_VLLM_LOG=str(tmp_path / "asked.jsonl"))
-    told, error = planned(house, python, cache_bytes=1000)
-    assert error.code == "plan-cache" and told == []
     for kept in ("nf4", "int8"):
-        assert planned(house, python, engine={"frozen": Frozen(format=kept)})[1].code == "plan-engine-base"
+        told, error = planned(house, python, engine={"frozen": Frozen(format=kept)})
+        assert error.code == "plan-engine-base" and told == []
     stored = house.base.model_copy(update={"facts": house.base.facts.model_copy(update={"stored": "nf4"})})
     assert planned(replace(house, base=stored), python)[1].code == "plan-engine-base"
     assert not (tmp_path / "asked.jsonl").exists()
 
 
 def test_another_version_is_warned_of(house: House, tmp_path: Path) -> None:
-    told, _ = planned(house, engine_python(tmp_path), cache_bytes=1000, version="9.9.9")
+    kept = {"frozen": Frozen(format="nf4")}
+    told, _ = planned(house, engine_python(tmp_path), engine=kept, version="9.9.9")
     assert told[0]["code"] == "plan-engine-untested"
     assert "vLLM 9.9.9 is not one that Tenon was tested with (0.32.0)" in told[0]["text"]
 

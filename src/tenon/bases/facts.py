@@ -103,6 +103,11 @@ class ModelFacts(Value):
         return sum(out for out, _ in shapes), shapes[0][1]
 
     @property
+    def kept_elements(self) -> int:
+        """Elements of the keys and values of one token, in all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+    @property
     def linear_parameters(self) -> int:
         """Parameters of all linear modules of all layers (the N_lin of the FLOP count)."""
         return self.layers * sum(out * into for out, into in map(self.linear_shape, MODULE_PATHS))

@@ -142,7 +142,7 @@ def serve(
     """
     from tenon.plan.replicas import plan_replicas
     from tenon.plan.requests import ServeRequest
-    from tenon.plan.serving import CACHE_BYTES, Room, describe_memory, plan_cache, plan_context
+    from tenon.plan.serving import plan_server
     from tenon.service.environment import require_tracing
     from tenon.service.foreign import find_vllm
     from tenon.service.serving import open_base, public_name
@@ -164,10 +164,15 @@ def serve(
         queue_delay_seconds=queue_delay,
         silence_seconds=silence,
     )
-    room = Room(slots, rows, plan_context(engine, context))
-    machines = [engine.machine] if several is None else [seat.machine for seat in several.seats]
-    # What vLLM holds beside its cache is vLLM's to count.
-    cache_bytes = asked_cache or CACHE_BYTES if foreign else plan_cache(engine, machines, room, asked_cache)
+    plan = plan_server(
+        engine,
+        slots=slots,
+        rows=rows,
+        context_tokens=context,
+        cache_bytes=asked_cache,
+        replicas=several,
+        by_vllm=foreign is not None,
+    )
     request = ServeRequest(
         engine=engine,
         name=public_name(engine.base),
@@ -177,8 +182,8 @@ def serve(
         adapter_bytes=adapter_bytes,
         adapter_wait_seconds=adapter_wait,
         rows=rows,
-        context_tokens=room.context_tokens,
-        cache_bytes=cache_bytes,
+        context_tokens=plan.room.context_tokens,
+        cache_bytes=plan.cache_bytes,
         queue=queue,
         drain_seconds=drain,
         cors=tuple(cors or ()),
@@ -193,8 +198,8 @@ def serve(
     if host not in _LOOPBACK and not session.settings.keys.is_file():
         text = f"whoever reaches {host} can use this server: no key is asked for; make one: tenon keys create TENANT"
         session.err.print(text, style="yellow")
-    if foreign is None:
-        session.err.print(f"memory: {describe_memory(engine, machines[0], room, cache_bytes)}", style="dim")
+    if plan.memory is not None:
+        session.err.print(f"memory: {plan.memory}", style="dim")
     _listen(session, request, as_json=as_json)
 
 

@@ -312,4 +312,4 @@ class CachedAttention:
 
 def token_bytes(facts: ModelFacts, dtype: torch.dtype) -> int:
     """Bytes of keys and values of one token in all layers."""
-    return 2 * facts.layers * facts.kv_heads * facts.head_dim * dtype.itemsize
+    return facts.kept_elements * dtype.itemsize

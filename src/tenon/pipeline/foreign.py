@@ -18,9 +18,7 @@ from tenon.data.render import Renderer
 from tenon.data.template import read_template
 from tenon.data.tokenizer import load_tokenizer
 from tenon.errors import PlanError
-from tenon.infer.generate import place_bytes
 from tenon.pipeline.base import find_base
-from tenon.pipeline.engine import DTYPES
 from tenon.pipeline.slot_data import Emit
 from tenon.plan.requests import ForeignEngine, ServeRequest
 from tenon.plan.values import BaseFormat
@@ -34,7 +32,6 @@ from tenon.serve.vllm.adapters import VllmAdapters
 from tenon.serve.vllm.engines import VllmEngines
 from tenon.serve.vllm.process import RANKS, TESTED, Dtype, Launch, VllmProcess, rank_for
 from tenon.settings import Settings, foreign_environment
-from tenon.units import format_bytes
 
 # Room for adapters of the ranks that are common, also where none is registered yet.
 _LEAST_RANK = 64
@@ -45,8 +42,6 @@ _ON_CPU = {"TORCH_COMPILE_DISABLE": "1"}
 _NOT_ON_CPU = ("prompt_logprobs",)
 # On a CPU vLLM copies an adapter's matrices once for every token of a pass.
 _PASS_TOKENS = {"cpu": 64, "cuda": 8192}
-# vLLM's largest block of keys and values: a sequence may need one that it hardly uses.
-_BLOCK_TOKENS = 128
 _NAMES: dict[str, Dtype] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _QUANTISED: dict[BaseFormat, tuple[str, ...]] = {"dense": (), "fp8": ("--quantization", "fp8")}
 
@@ -54,15 +49,17 @@ _QUANTISED: dict[BaseFormat, tuple[str, ...]] = {"dense": (), "fp8": ("--quantiz
 def foreign_engines(
     request: ServeRequest, engine: ForeignEngine, emit: Emit, settings: Settings
 ) -> tuple[Renderer, MakeEngines]:
-    """How the base is asked, and vLLM, which answers by now. Raises PlanError plan-cache, plan-engine-base; RunError
-    run-engine-start.
+    """How the base is asked, and vLLM, which answers by now.
+
+    Raises PlanError plan-engine-base; RunError run-engine-start.
     """
     if engine.version not in TESTED:
         known = ", ".join(TESTED)
         text = f"vLLM {engine.version} is not one that Tenon was tested with ({known}): see docs/vllm.md"
         emit("warning", code="plan-engine-untested", text=text)
     on_cpu = request.engine.machine.device == "cpu"
-    limits, quantised = _limits(request), _quantised(request)
+    quantised, pass_tokens = _quantised(request), _PASS_TOKENS[request.engine.machine.device]
+    limits = Limits(request.rows, request.context_tokens, request.cache_bytes, pass_tokens, request.slots)
     emit("phase", name="base", detail=request.engine.base.spec)
     folder = find_base(request.engine.base, settings)
     renderer = Renderer(load_tokenizer(folder), read_template(request.engine.template))
@@ -125,22 +122,6 @@ def start_vllm(launch: Launch, on_wait: Callable[[], None]) -> VllmProcess:
         process.end(patience_seconds=0.0)
         raise
     return process
-
-
-def _limits(request: ServeRequest) -> Limits:
-    """What vLLM may use. Raises PlanError plan-cache when the cache does not hold one sequence."""
-    facts = request.engine.facts
-    context = min(request.context_tokens, facts.context_tokens)
-    one = place_bytes(facts, tokens=context + _BLOCK_TOKENS, dtype=DTYPES[request.engine.precision])
-    if request.cache_bytes < one:
-        raise PlanError(
-            "plan-cache",
-            f"a cache of {format_bytes(request.cache_bytes)} does not hold one sequence of {context:,} tokens",
-            got=f"{format_bytes(one)} a sequence",
-            hint="give more with --cache, or shorter sequences with --context",
-        )
-    pass_tokens = _PASS_TOKENS[request.engine.machine.device]
-    return Limits(request.rows, context, request.cache_bytes, pass_tokens, request.slots)
 
 
 def _quantised(request: ServeRequest) -> tuple[str, ...]:

@@ -71,10 +71,9 @@ def engine_starter(request: ServeRequest, replicas: Replicas, settings: Settings
 
 
 def _options(request: ServeRequest, replicas: Replicas) -> PoolOptions:
-    context = min(request.context_tokens, request.engine.facts.context_tokens)
     return PoolOptions(
         # What a pass takes is each engine's own affair.
-        limits=Limits(request.rows, context, request.cache_bytes, 0, request.slots),
+        limits=Limits(request.rows, request.context_tokens, request.cache_bytes, 0, request.slots),
         scale=ScaleRule(
             least=replicas.least,
             most=len(replicas.seats),

@@ -30,7 +30,7 @@ from tenon.tenants.usage import UsageBook, UsageReader
 
 
 def serve(request: ServeRequest, emit: Emit, settings: Settings) -> None:
-    """Serve until SIGTERM. Raises UsageError usage-address before anything is loaded; PlanError plan-cache; what
+    """Serve until SIGTERM. Raises UsageError usage-address before anything is loaded; what `own_engine`,
     `foreign_engines` and `replica_engines` raise.
     """
     with listen(request.host, request.port) as listening, _managing(request, settings) as managing:

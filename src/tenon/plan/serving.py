@@ -1,6 +1,7 @@
 """What one engine of a server holds, how much of it keys and values get, and what would fit where that is too much.
 
 Pure: this module knows no tensors. What is estimated lies on one GPU, or in the host's memory where a CPU computes.
+What is refused here is not looked at again by the engines.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from tenon.errors import PlanError
 from tenon.plan.fit import usable_bytes
 from tenon.plan.memory import PRECISION_BYTES, PROCESS_BYTES, MemoryTerm, base_bytes, dequantised_bytes
 from tenon.plan.precision import DENSE
-from tenon.plan.requests import Engine
+from tenon.plan.requests import Engine, Replicas
 from tenon.plan.values import Frozen, MachineFacts
 from tenon.units import format_bytes
 
@@ -30,8 +31,8 @@ SLOT_RANK = 16
 _SCORES_AT_ONCE, _MOST_SCORE_BYTES = 3, 128 * 1024 * 1024
 # Passes whose tensors live at a time: the one that is made, and on a GPU the memory of the recorded ones.
 _PASSES = {"cpu": 1, "cuda": 2}
-# A sequence may need a block of the cache beyond its own tokens (`models.blocks`): at most so many tokens.
-_BLOCK_TOKENS = 64
+# A sequence may need a block of the cache beyond its own tokens, at most so large a one (ours: `models.blocks`).
+_BLOCK_TOKENS = {"tenon": 64, "vllm": 128}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,39 @@ class Room:
     slots: int
     rows: int
     context_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerPlan:
+    """What each engine of a server gets. memory: what it will hold, in words; None where vLLM is to count it."""
+
+    room: Room
+    cache_bytes: int
+    memory: str | None
+
+
+def plan_server(
+    engine: Engine,
+    *,
+    slots: int,
+    rows: int,
+    context_tokens: int | None = None,
+    cache_bytes: int | None = None,
+    replicas: Replicas | None = None,
+    by_vllm: bool = False,
+) -> ServerPlan:
+    """Room, keys and values of each engine, as asked or as is usual (None).
+
+    Raises PlanError plan-context, plan-cache, plan-memory, each with what to type instead.
+    """
+    room = Room(slots, rows, plan_context(engine, context_tokens))
+    if by_vllm:
+        cache = CACHE_BYTES if cache_bytes is None else cache_bytes
+        _require_one_sequence(engine, room, cache, _BLOCK_TOKENS["vllm"])
+        return ServerPlan(room, cache, None)
+    machines = [engine.machine] if replicas is None else [seat.machine for seat in replicas.seats]
+    cache = plan_cache(engine, machines, room, cache_bytes)
+    return ServerPlan(room, cache, describe_memory(engine, min(machines, key=usable_bytes), room, cache))
 
 
 def plan_context(engine: Engine, asked: int | None) -> int:
@@ -65,8 +99,9 @@ def server_terms(engine: Engine, machine: MachineFacts, room: Room) -> tuple[Mem
         base += room.slots * SLOT_RANK * _shelf_width(facts) * each
     elements = room.slots * SLOT_RANK * facts.layers * sum(sum(facts.linear_shape(module)) for module in MODULE_PATHS)
     passes = _PASSES[machine.device] * _pass_bytes(facts, PASS_TOKENS[machine.device], room.rows, each)
+    kept = precision if frozen.format == "dense" else frozen.format
     return (
-        MemoryTerm("base", base),
+        MemoryTerm(f"base in {kept}", base),
         MemoryTerm(f"{room.slots} adapters of rank {SLOT_RANK}", elements * (4 if precision == "fp32" else 4 + each)),
         MemoryTerm("passes", passes),
         MemoryTerm("process", PROCESS_BYTES[machine.device]),
@@ -77,22 +112,23 @@ def plan_cache(engine: Engine, machines: Sequence[MachineFacts], room: Room, ask
     """Bytes of keys and values of one engine. machines: what each engine may use. asked: None takes what is usual, or
     what is left where that is less.
 
-    Raises PlanError plan-memory with what would fit.
+    Raises PlanError plan-cache where it is to hold no sequence, plan-memory with what would fit.
     """
     machine = min(machines, key=usable_bytes)
     terms = server_terms(engine, machine, room)
     left = usable_bytes(machine) - _sum(terms)
-    one = (room.context_tokens + _BLOCK_TOKENS) * token_bytes(engine)
+    one = (room.context_tokens + _BLOCK_TOKENS["tenon"]) * token_bytes(engine)
+    if asked is not None:
+        _require_one_sequence(engine, room, asked, _BLOCK_TOKENS["tenon"])
     cache = min(CACHE_BYTES, left) if asked is None else asked
-    if cache <= left and (asked is not None or cache >= one):
+    if one <= cache <= left:
         return cache
     raise _refusal(engine, machine, room, (*terms, MemoryTerm("cache", max(cache, one))), left=left, one=one)
 
 
 def token_bytes(engine: Engine) -> int:
     """Keys and values of one token, in all layers."""
-    facts = engine.facts
-    return 2 * facts.layers * facts.kv_heads * facts.head_dim * PRECISION_BYTES[engine.precision]
+    return engine.facts.kept_elements * PRECISION_BYTES[engine.precision]
 
 
 def describe_memory(engine: Engine, machine: MachineFacts, room: Room, cache_bytes: int) -> str:
@@ -100,6 +136,18 @@ def describe_memory(engine: Engine, machine: MachineFacts, room: Room, cache_byt
     terms = (*server_terms(engine, machine, room), MemoryTerm("cache", cache_bytes))
     total, usable = _sum(terms), usable_bytes(machine)
     return f"about {format_bytes(total)} of {format_bytes(usable)} that may be used: {_words(terms)}"
+
+
+def _require_one_sequence(engine: Engine, room: Room, cache_bytes: int, block_tokens: int) -> None:
+    """Raises PlanError plan-cache."""
+    one = (room.context_tokens + block_tokens) * token_bytes(engine)
+    if cache_bytes < one:
+        raise PlanError(
+            "plan-cache",
+            f"a cache of {format_bytes(cache_bytes)} does not hold one sequence of {room.context_tokens:,} tokens",
+            got=f"{format_bytes(one)} a sequence",
+            hint="give more with --cache, or shorter sequences with --context",
+        )
 
 
 def _shelf_width(facts: ModelFacts) -> int:

@@ -37,6 +37,8 @@ STREAMED: dict[int | str, dict[str, Any]] = {
         "content": {"text/event-stream": {"schema": _EVENT}},
     }
 }
+# Ends of a line for Python's str.splitlines, and so for many clients, but not for server-sent events.
+_LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 _T = TypeVar("_T")
 
 
@@ -67,7 +69,7 @@ class EventStream(StreamingResponse):
 
     def __init__(self, answers: Answers, chunks: AsyncIterator[BaseModel]) -> None:
         current().stream = True
-        super().__init__(_events(chunks), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        super().__init__(events(chunks), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._answers = answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,14 +78,19 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _events(chunks: AsyncIterator[BaseModel]) -> AsyncIterator[str]:
+async def events(chunks: AsyncIterator[BaseModel]) -> AsyncIterator[str]:
     """Each chunk as an event, then the end; an error in between is the last event."""
     try:
         async for chunk in chunks:
-            yield f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
+            yield f"data: {_in_a_line(chunk.model_dump_json(exclude_unset=True))}\n\n"
     except TenonError as error:
         told = as_api_error(error)
         current().error = told.code
         yield f"data: {json.dumps(error_body(told))}\n\n"
     else:
         yield DONE
+
+
+def _in_a_line(text: str) -> str:
+    """JSON that nobody takes for several lines (RFC 8259 lets any character of a string be written as its escape)."""
+    return text if text.isascii() else text.translate(_LINE_ENDS)
