@@ -38,6 +38,7 @@ from tenon.kernels import low_rank_triton as fused
 from tenon.kernels.dropout import dropout, keep_mask
 from tenon.kernels.low_rank_classes import RankClass, classes
 from tenon.kernels.low_rank_few_triton import FewTokens
+from tenon.kernels.threads import threads_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +333,8 @@ def project(x_TD: Tensor, low: LowRank | None) -> Tensor | None:
         return low_TW
     for part, x, rows_TW in zip(low.parts, low.rows(x_TD), low.rows(low_TW), strict=True):
         a_DR = part.group.a_DR
-        torch.mm(_dropped(x, part), a_DR, out=rows_TW.narrow(1, 0, a_DR.shape[1]))
+        with threads_for(x.shape[0] * a_DR.numel()):
+            torch.mm(_dropped(x, part), a_DR, out=rows_TW.narrow(1, 0, a_DR.shape[1]))
     # A tape that holds the tail would hold all of x.
     return low_TW.contiguous() if low.rides else low_TW
 
@@ -353,7 +355,8 @@ def project_back(dy_TO: Tensor, low: LowRank) -> Tensor:
         rows = slice(part.start, part.stop)
         for m in part.group.members:
             out = d_low_TW[rows, m.rank_start : m.rank_stop]
-            torch.addmm(out, dy_TO[rows, m.out_start : m.out_stop], m.b_OR, beta=0, alpha=m.scale, out=out)
+            with threads_for(out.shape[0] * m.b_OR.numel()):
+                torch.addmm(out, dy_TO[rows, m.out_start : m.out_stop], m.b_OR, beta=0, alpha=m.scale, out=out)
     return d_low_TW
 
 
@@ -406,14 +409,16 @@ def _add_forward(rows_TO: Tensor, rows_TW: Tensor, group: LoraGroup, widths: tup
     outs = rows_TO.split_with_sizes(widths, 1) if len(widths) > 1 else (rows_TO,)
     lows = rows_TW.split_with_sizes((*group.ranks, rows_TW.shape[1] - sum(group.ranks)), 1)
     for m, low in zip(group.members, lows, strict=False):
-        outs[m.index].addmm_(low, m.b_RO, alpha=m.scale)
+        with threads_for(low.shape[0] * m.b_RO.numel()):
+            outs[m.index].addmm_(low, m.b_RO, alpha=m.scale)
 
 
 def _add_back(rows_TD: Tensor, rows_TW: Tensor, part: LoraPart) -> None:
     group = part.group
     d_low = rows_TW[:, : group.a_RD.shape[0]]
     if part.draw_T is None:
-        rows_TD.addmm_(d_low, group.a_RD)
+        with threads_for(d_low.shape[0] * group.a_RD.numel()):
+            rows_TD.addmm_(d_low, group.a_RD)
         return
     keep = keep_mask(part.draw_T, group.salt, rows_TD.shape[-1], group.dropout)
     rows_TD.addcmul_(d_low @ group.a_RD, keep.to(rows_TD.dtype), value=1.0 / (1.0 - group.dropout))
@@ -426,7 +431,8 @@ def _dropped(x: Tensor, part: LoraPart) -> Tensor:
 
 def _accumulate(buffer: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
     """buffer += scale * left @ right, in fp32 whatever the operands are."""
-    if buffer.dtype == left.dtype:
-        buffer.addmm_(left, right, alpha=scale)
-    else:
-        buffer.add_(left @ right, alpha=scale)
+    with threads_for(left.numel() * right.shape[1]):
+        if buffer.dtype == left.dtype:
+            buffer.addmm_(left, right, alpha=scale)
+        else:
+            buffer.add_(left @ right, alpha=scale)

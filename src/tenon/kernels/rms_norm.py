@@ -21,6 +21,7 @@ from torch import Tensor
 from tenon.kernels import rms_norm_triton as fused
 from tenon.kernels.fp8 import Fp8Rows, quantise_rows_reference
 from tenon.kernels.low_rank import LowRank, Sum, room
+from tenon.kernels.threads import NORM_ELEMENT, threads_for
 
 _NARROW = (torch.bfloat16, torch.float16)
 
@@ -76,9 +77,11 @@ def add_norm(
     """
     if fuse:
         return fused.add_norm(x_TD, update, weight_D, eps, room(x_TD, x_TD.shape[1], reader), quantised, added)
-    if update is not None:
-        x_TD = update.settled().add_(x_TD)
-    n_TD = rms_norm(x_TD, weight_D, eps)
+    summed_TD = None if update is None else update.settled()
+    with threads_for(NORM_ELEMENT * x_TD.numel()):
+        if summed_TD is not None:
+            x_TD = summed_TD.add_(x_TD)
+        n_TD = rms_norm(x_TD, weight_D, eps)
     _fill(quantised, n_TD)
     return x_TD, n_TD
 
@@ -102,11 +105,14 @@ def add_norm_backward(
     if fuse:
         dx_TD = room(x_TD, x_TD.shape[1], reader)
         return dx_TD, fused.add_norm_backward(dn, x_TD, residual_TD, weight_D, eps, dx_TD, quantised)
-    dx_TD = rms_norm_backward(dn.settled(), x_TD, weight_D, eps)
-    if residual_TD is not None:
-        dx_TD.add_(residual_TD)
+    dn_TD = dn.settled()
+    with threads_for(2 * NORM_ELEMENT * x_TD.numel()):
+        dx_TD = rms_norm_backward(dn_TD, x_TD, weight_D, eps)
+        if residual_TD is not None:
+            dx_TD.add_(residual_TD)
+        n_TD = rms_norm(x_TD, weight_D, eps)
     _fill(quantised, dx_TD)
-    return dx_TD, rms_norm(x_TD, weight_D, eps)
+    return dx_TD, n_TD
 
 
 def _fill(quantised: Quantised | None, x_TD: Tensor) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tenon.kernels import rotary_triton as fused
 from tenon.kernels.low_rank import LowRank, Sum, room
 from tenon.kernels.rms_norm import rms_norm, rms_norm_backward
+from tenon.kernels.threads import ROTARY_ELEMENT, threads_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +82,12 @@ def make_heads(qkv: Sum, rotation: Rotation | None, shape: HeadShape, *, fuse: b
     raw_TO = qkv.settled()
     q_THE, k_TKE, v_TKE = _split(raw_TO, shape)
     normed = shape.q_norm_E is not None
-    if shape.q_norm_E is not None and shape.k_norm_E is not None:
-        q_THE = rms_norm(q_THE, shape.q_norm_E, shape.eps)
-        k_TKE = rms_norm(k_TKE, shape.k_norm_E, shape.eps)
-    if rotation is not None:
-        q_THE, k_TKE = rotary(q_THE, rotation), rotary(k_TKE, rotation)
+    with threads_for(ROTARY_ELEMENT * q_THE.numel()):
+        if shape.q_norm_E is not None and shape.k_norm_E is not None:
+            q_THE = rms_norm(q_THE, shape.q_norm_E, shape.eps)
+            k_TKE = rms_norm(k_TKE, shape.k_norm_E, shape.eps)
+        if rotation is not None:
+            q_THE, k_TKE = rotary(q_THE, rotation), rotary(k_TKE, rotation)
     return Heads(q_THE, k_TKE, v_TKE, raw_TO if normed else None)
 
 
@@ -107,13 +109,14 @@ def make_heads_backward(
         d_qkv_TO = room(dq_THE, (shape.heads + 2 * shape.kv_heads) * shape.size, reader)
         fused.make_heads_backward(grads, heads.raw_TO, rotation, shape, d_qkv_TO)
         return d_qkv_TO
-    if rotation is not None:
-        dq_THE, dk_TKE = rotary(dq_THE, rotation, back=True), rotary(dk_TKE, rotation, back=True)
-    if shape.q_norm_E is not None and shape.k_norm_E is not None and heads.raw_TO is not None:
-        q_THE, k_TKE, _ = _split(heads.raw_TO, shape)
-        dq_THE = rms_norm_backward(dq_THE, q_THE, shape.q_norm_E, shape.eps)
-        dk_TKE = rms_norm_backward(dk_TKE, k_TKE, shape.k_norm_E, shape.eps)
-    return torch.cat([dq_THE.flatten(1), dk_TKE.flatten(1), dv_TKE.flatten(1)], dim=1)
+    with threads_for(ROTARY_ELEMENT * dq_THE.numel()):
+        if rotation is not None:
+            dq_THE, dk_TKE = rotary(dq_THE, rotation, back=True), rotary(dk_TKE, rotation, back=True)
+        if shape.q_norm_E is not None and shape.k_norm_E is not None and heads.raw_TO is not None:
+            q_THE, k_TKE, _ = _split(heads.raw_TO, shape)
+            dq_THE = rms_norm_backward(dq_THE, q_THE, shape.q_norm_E, shape.eps)
+            dk_TKE = rms_norm_backward(dk_TKE, k_TKE, shape.k_norm_E, shape.eps)
+        return torch.cat([dq_THE.flatten(1), dk_TKE.flatten(1), dv_TKE.flatten(1)], dim=1)
 
 
 def _split(qkv_TO: Tensor, shape: HeadShape) -> tuple[Tensor, Tensor, Tensor]:

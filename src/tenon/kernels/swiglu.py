@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from tenon.kernels import swiglu_triton as fused
 from tenon.kernels.low_rank import Addend, LowRank, Sum, add_gradient_a, add_gradient_b, room
+from tenon.kernels.threads import SWIGLU_ELEMENT, threads_for
 
 
 def swiglu_reference(gate_up_TF2: Tensor) -> Tensor:
@@ -31,7 +32,8 @@ def swiglu(gate_up: Sum, *, fuse: bool, reader: LowRank | None = None) -> Tensor
         fused.swiglu(gate_up, h_TF)
         return h_TF
     gate, up = gate_up.settled().chunk(2, dim=-1)
-    return functional.silu(gate).mul_(up)
+    with threads_for(SWIGLU_ELEMENT * gate.numel()):
+        return functional.silu(gate).mul_(up)
 
 
 def swiglu_backward(dh: Sum, gate_up: Sum, back: Addend | None, ahead: Addend | None, *, fuse: bool) -> Tensor:
@@ -42,7 +44,10 @@ def swiglu_backward(dh: Sum, gate_up: Sum, back: Addend | None, ahead: Addend | 
     """
     if fuse:
         return fused.swiglu_backward(dh, gate_up, back, ahead)
-    d_gate_up_TF2, h_TF = _backward(dh.settled(), gate_up)
+    dh_TF = dh.settled()
+    gate_up.settled()
+    with threads_for(2 * SWIGLU_ELEMENT * dh_TF.numel()):
+        d_gate_up_TF2, h_TF = _backward(dh_TF, gate_up)
     if back is not None:
         add_gradient_a(h_TF, back.low_TW, back.low)
     if ahead is not None:

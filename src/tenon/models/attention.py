@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tenon.batch import AttentionGroup, AttentionLayout
+from tenon.kernels.threads import threads_for
 from tenon.models.flash import RowAttention, fixed_order
 
 
@@ -117,6 +118,14 @@ def fused_attention(
 
     mask: True where a query sees a context; None: it sees all, or when causal those up to its own place.
     """
+    # Scores and sums, each about twice as slow as a plain product of so many multiplications.
+    with threads_for(4 * q_GHQE.numel() * k_GKCE.shape[2]):
+        return _fused_attention(q_GHQE, k_GKCE, v_GKCE, mask, scale=scale, causal=causal)
+
+
+def _fused_attention(
+    q_GHQE: Tensor, k_GKCE: Tensor, v_GKCE: Tensor, mask: Tensor | None, *, scale: float, causal: bool
+) -> Tensor:
     grouped = q_GHQE.shape[1] != k_GKCE.shape[1]
     if grouped and q_GHQE.shape[2] == 1 and not causal and not q_GHQE.is_cuda:
         # The heads that share keys attend as if they were neighbouring queries: keys are read once for all of them.
