@@ -25,6 +25,7 @@ DOCUMENTS = (
     "docs/serving.md",
     "docs/vllm.md",
     "docs/decisions/draws.md",
+    "docs/decisions/small-work.md",
 )
 _QUOTE = re.compile(r"<!-- figure (\S+) :: (.+?) :: (\S+) -->(.*?)<!-- /figure -->", re.DOTALL)
 

@@ -49,8 +49,8 @@ class Arguments(BaseModel):
     cpus: float = 1.0
     slots: int = 8
     rows: int = 16
-    context: int = 4096
-    cache: str = "2GB"
+    context: int | None = None
+    cache: str | None = None
     queue: int = 1024
     drain: float = 30.0
     up_seconds: float = 10.0
@@ -93,9 +93,8 @@ def replica(args: Arguments) -> Asgi:
 
     settings = read_settings()
     engine = open_base(args.base, settings)
-    plan = plan_server(
-        engine, slots=args.slots, rows=args.rows, context_tokens=args.context, cache_bytes=parse_bytes(args.cache)
-    )
+    cache_bytes = None if args.cache is None else parse_bytes(args.cache)
+    plan = plan_server(engine, slots=args.slots, rows=args.rows, context_tokens=args.context, cache_bytes=cache_bytes)
     request = ServeRequest(
         engine=engine,
         name=public_name(engine.base),

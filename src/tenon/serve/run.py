@@ -103,8 +103,10 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family, backlog=2048)
-        # Connections have it from here. The kernel would else take megabytes for each client that does not read.
+        # Connections have both from here. The kernel would else take megabytes for each client that does not read, and
+        # keep a token back until the client has acknowledged what came before it, which takes that up to 40 ms.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listening
     except (OSError, OverflowError) as error:
         raise UsageError(
