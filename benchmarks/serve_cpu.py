@@ -156,7 +156,7 @@ def summary(found: Mapping[Scene, Mapping[str, Sequence[Load]]]) -> list[Row]:
                 rows.append(Row(f"{scene.name}, {name}, first token, p{percent}", first, "s"))
         peer = fastest(loads)
         if peer != TENON:
-            ratio, what = _speed(loads[TENON]) / _speed(loads[peer]), f"{scene.name}, Tenon against {peer}"
+            ratio, what = _speed(loads[TENON]) / _speed(loads[peer]), f"{scene.name}, Tenon against the faster vLLM"
             rows.append(at_least(what, ratio, "times", BOUND) if scene is MIXED else Row(what, ratio, "times"))
     return rows
 
