@@ -27,7 +27,7 @@ def test_the_number_of_threads_follows_the_work(multiplications: int, inside: in
 
 def test_the_number_is_as_before_after_an_error_and_inside_another() -> None:
     with pytest.raises(RuntimeError), threads_for(1):
-        torch.ones(2) @ torch.ones(3)
+        torch.mm(torch.ones(2, 2), torch.ones(3, 3))
     assert torch.get_num_threads() == 3
     with threads_for(1):
         with threads_for(1):
