@@ -20,7 +20,8 @@ from tenon.batch import NO_SLOT, Segment
 from tenon.data.pack import list_routes, slot_routes, upload
 from tenon.kernels.blocks_triton import TILE
 from tenon.kernels.dropout import keep_mask
-from tenon.kernels.low_rank import RANK_STEP, LoraGroup, LoraMember, LoraPart, LowRank, Routes, site_table, whole
+from tenon.kernels.low_rank import RANK_STEP, LoraGroup, LoraMember, LoraPart, LowRank, Routes, whole
+from tenon.kernels.low_rank_table import site_table
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The interpreter cuts bf16 off instead of rounding it.

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tenon.bases.facts import STACKS, ModelFacts
-from tenon.kernels.low_rank import LoraGroup, site_table
+from tenon.kernels.low_rank import LoraGroup
+from tenon.kernels.low_rank_table import site_table
 
 
 class Grouped(Protocol):
@@ -25,7 +26,7 @@ class Grouped(Protocol):
 
 
 class SiteTables:
-    """The tables of `kernels.low_rank.site_table` at every place. moves: how often they went to other memory.
+    """The tables of `kernels.low_rank_table.site_table` at every place. moves: how often they went to other memory.
 
     fills: how often they were filled.
     """

@@ -18,6 +18,7 @@ from tenon.kernels.attention_checks import largest_error, random_tensor
 from tenon.kernels.blocks_triton import TILE
 from tenon.kernels.copy_many import ScaledCopy, copy_many, copy_table
 from tenon.kernels.low_rank import Addend, LoraGroup, LoraMember, LoraPart, LowRank, Routes, Sum
+from tenon.kernels.low_rank_table import site_table
 from tenon.kernels.rms_norm import add_norm, add_norm_backward
 from tenon.kernels.rotary import Heads, HeadShape, Rotation, make_heads, make_heads_backward
 from tenon.kernels.swiglu import swiglu, swiglu_backward
@@ -46,7 +47,7 @@ def _slots(inputs: int, outs: Sequence[int], device: torch.device, dtype: torch.
     groups = [_group(rank, inputs, bounds, 10 * slot, device, dtype) for slot, rank in enumerate(_RANKS)]
     exact = [_exact(group) for group in groups]
     width = -(-max(len(group.a_RD) for group in groups) // 16) * 16
-    table = low_rank.site_table(groups, device)
+    table = site_table(groups, device)
     plain = LowRank(_parts(exact), bounds, width, max(_RANKS))
     fused = LowRank(_parts(groups), bounds, width, max(_RANKS), _routes(device), table)
     return _Both(fused, plain, random_tensor((_T, width), 99, dtype, device))
