@@ -22,11 +22,11 @@ from tenon.kernels.rms_norm import rms_norm
 from tenon.kernels.rotary import Rotation, rotary
 from tenon.kernels.swiglu import swiglu_reference
 from tenon.kernels.threads import NORM_ELEMENT, ROTARY_ELEMENT, SWIGLU_ELEMENT, WORTH_THREADS
+from tenon.settings import child_environment, read_settings
 
 HIDDEN, FEED_FORWARD, HEADS, HEAD = 576, 1536, 9, 64
 TOKENS, RANKS = (2, 16, 64, 256, 1024), (16, 64)
 SECONDS = 0.2
-PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}  # as tenon starts its workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +78,10 @@ def _microseconds(run: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Measure in a process whose threads sleep while they wait, and write the file."""
-    if os.environ.get("OMP_WAIT_POLICY") != PASSIVE["OMP_WAIT_POLICY"]:
-        words = [sys.executable, "-m", "benchmarks.small_work"]
-        raise SystemExit(subprocess.run(words, env={**os.environ, **PASSIVE}, check=False).returncode)
+    """Measure in a process with the environment of a worker, whose threads sleep while they wait; write the file."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        words, environment = [sys.executable, "-m", "benchmarks.small_work"], child_environment(read_settings())
+        raise SystemExit(subprocess.run(words, env=environment, check=False).returncode)
     rows = measure(torch.get_num_threads())
     for row in rows:
         print(f"{row.what}: {row.value:.4g} {row.unit}")

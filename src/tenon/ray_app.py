@@ -100,7 +100,7 @@ def replica(args: Arguments) -> Asgi:
         name=public_name(engine.base),
         slots=args.slots,
         rows=args.rows,
-        context_tokens=plan.room.context_tokens,
+        context_tokens=plan.context_tokens,
         cache_bytes=plan.cache_bytes,
         queue=args.queue,
         drain_seconds=args.drain,

@@ -85,7 +85,7 @@ def test_a_server_s_plan_is_that_of_its_smallest_engine() -> None:
     seats = (Seat(machine=H100), Seat(machine=small))
     alone = plan_server(ON_H100, slots=8, rows=16)
     several = plan_server(ON_H100, slots=8, rows=16, replicas=Replicas(seats=seats))
-    assert alone.cache_bytes == CACHE_BYTES and alone.room == ROOM
+    assert alone.cache_bytes == CACHE_BYTES and alone.context_tokens == ROOM.context_tokens
     assert several.cache_bytes == plan_cache(ON_H100, [small], ROOM, None) < CACHE_BYTES
     assert several.memory == describe_memory(ON_H100, small, ROOM, several.cache_bytes)
     assert plan_server(ON_H100, slots=8, rows=16, by_vllm=True).memory is None, "vLLM counts its own"

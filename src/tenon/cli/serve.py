@@ -182,7 +182,7 @@ def serve(
         adapter_bytes=adapter_bytes,
         adapter_wait_seconds=adapter_wait,
         rows=rows,
-        context_tokens=plan.room.context_tokens,
+        context_tokens=plan.context_tokens,
         cache_bytes=plan.cache_bytes,
         queue=queue,
         drain_seconds=drain,

@@ -44,10 +44,9 @@ def swiglu_backward(dh: Sum, gate_up: Sum, back: Addend | None, ahead: Addend | 
     """
     if fuse:
         return fused.swiglu_backward(dh, gate_up, back, ahead)
-    dh_TF = dh.settled()
-    gate_up.settled()
+    dh_TF, gate_up_TF2 = dh.settled(), gate_up.settled()
     with threads_for(2 * SWIGLU_ELEMENT * dh_TF.numel()):
-        d_gate_up_TF2, h_TF = _backward(dh_TF, gate_up)
+        d_gate_up_TF2, h_TF = _backward(dh_TF, gate_up_TF2)
     if back is not None:
         add_gradient_a(h_TF, back.low_TW, back.low)
     if ahead is not None:
@@ -55,13 +54,13 @@ def swiglu_backward(dh: Sum, gate_up: Sum, back: Addend | None, ahead: Addend | 
     return d_gate_up_TF2
 
 
-def _backward(dh_TF: Tensor, gate_up: Sum) -> tuple[Tensor, Tensor]:
+def _backward(dh_TF: Tensor, gate_up_TF2: Tensor) -> tuple[Tensor, Tensor]:
     """(d_gate_up, h)."""
-    gate, up = gate_up.settled().chunk(2, dim=-1)
+    gate, up = gate_up_TF2.chunk(2, dim=-1)
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
     h_TF = silu * up
-    d_gate_up = torch.empty_like(gate_up.y_TO)
+    d_gate_up = torch.empty_like(gate_up_TF2)
     d_gate, d_up = d_gate_up.chunk(2, dim=-1)
     torch.mul(dh_TF, silu, out=d_up)
     slope = silu.mul_(1 - sigmoid).add_(sigmoid)

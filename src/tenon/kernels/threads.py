@@ -2,7 +2,7 @@
 
 Threads here sleep while they wait (OMP_WAIT_POLICY=PASSIVE: those that spin are many times slower as soon as anything
 else wants a core). To fork and to join then takes some 100 microseconds, in which one core makes about ten million
-multiplications and additions in fp32; torch forks from a few thousand on. Measured by `benchmarks/small_products.py`.
+multiplications and additions in fp32; torch forks from a few thousand on. Measured by `benchmarks/small_work.py`.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Room:
 class ServerPlan:
     """What each engine of a server gets. memory: what it will hold, in words; None where vLLM is to count it."""
 
-    room: Room
+    context_tokens: int
     cache_bytes: int
     memory: str | None
 
@@ -70,11 +70,11 @@ def plan_server(
     room = Room(slots, rows, plan_context(engine, context_tokens))
     if by_vllm:
         cache = CACHE_BYTES if cache_bytes is None else cache_bytes
-        _require_one_sequence(engine, room, cache, _BLOCK_TOKENS["vllm"])
-        return ServerPlan(room, cache, None)
+        _require_one_sequence(room, cache, _sequence_bytes(engine, room, "vllm"))
+        return ServerPlan(room.context_tokens, cache, None)
     machines = [engine.machine] if replicas is None else [seat.machine for seat in replicas.seats]
     cache = plan_cache(engine, machines, room, cache_bytes)
-    return ServerPlan(room, cache, describe_memory(engine, min(machines, key=usable_bytes), room, cache))
+    return ServerPlan(room.context_tokens, cache, describe_memory(engine, min(machines, key=usable_bytes), room, cache))
 
 
 def plan_context(engine: Engine, asked: int | None) -> int:
@@ -117,9 +117,9 @@ def plan_cache(engine: Engine, machines: Sequence[MachineFacts], room: Room, ask
     machine = min(machines, key=usable_bytes)
     terms = server_terms(engine, machine, room)
     left = usable_bytes(machine) - _sum(terms)
-    one = (room.context_tokens + _BLOCK_TOKENS["tenon"]) * token_bytes(engine)
+    one = _sequence_bytes(engine, room, "tenon")
     if asked is not None:
-        _require_one_sequence(engine, room, asked, _BLOCK_TOKENS["tenon"])
+        _require_one_sequence(room, asked, one)
     cache = min(CACHE_BYTES, left) if asked is None else asked
     if one <= cache <= left:
         return cache
@@ -138,9 +138,13 @@ def describe_memory(engine: Engine, machine: MachineFacts, room: Room, cache_byt
     return f"about {format_bytes(total)} of {format_bytes(usable)} that may be used: {_words(terms)}"
 
 
-def _require_one_sequence(engine: Engine, room: Room, cache_bytes: int, block_tokens: int) -> None:
+def _sequence_bytes(engine: Engine, room: Room, by: Literal["tenon", "vllm"]) -> int:
+    """What the cache of either engine must have for the longest sequence."""
+    return (room.context_tokens + _BLOCK_TOKENS[by]) * token_bytes(engine)
+
+
+def _require_one_sequence(room: Room, cache_bytes: int, one: int) -> None:
     """Raises PlanError plan-cache."""
-    one = (room.context_tokens + block_tokens) * token_bytes(engine)
     if cache_bytes < one:
         raise PlanError(
             "plan-cache",
